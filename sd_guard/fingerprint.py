@@ -1,0 +1,73 @@
+"""What a score depends on besides prompt and seed: thresholds of one configuration mean nothing for another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+_SAMPLED_WEIGHTS = 4096  # entries of the output convolution that stand for the weights
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """One configuration.
+
+    Attributes:
+        model: digest of the UNet's configuration, part of its weights, and the names of active adapters.
+        scheduler: class and digest of its configuration.
+        steps: number of UNet steps.
+        guidance: guidance scale, and `rescale` where used.
+        dtype: of the UNet.
+    """
+
+    model: str
+    scheduler: str
+    steps: int
+    guidance: str
+    dtype: str
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits for the whole."""
+        return _digest(asdict(self))
+
+    def difference(self, other: Fingerprint) -> list[str]:
+        """Where two configurations differ, as `field: own, not other's`."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return [f"{name}: {own}, not {its}" for name, own, its in pairs if own != its]
+
+
+def take_fingerprint(pipe: Any, *, steps: int, guidance_scale: float, guidance_rescale: float = 0.0) -> Fingerprint:
+    """The fingerprint of a pipeline's call."""
+    scheduler = {key: value for key, value in dict(pipe.scheduler.config).items() if not key.startswith("_")}
+    guidance = f"{guidance_scale:g}" + (f" rescale {guidance_rescale:g}" if guidance_rescale else "")
+    return Fingerprint(
+        model=_model_digest(pipe.unet),
+        scheduler=f"{type(pipe.scheduler).__name__} {_digest(scheduler)}",
+        steps=steps,
+        guidance=guidance,
+        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+    )
+
+
+def _model_digest(unet: Any) -> str:
+    config = {key: value for key, value in dict(unet.config).items() if not key.startswith("_")}
+    adapters = sorted(unet.active_adapters()) if getattr(unet, "peft_config", None) else []
+    weight = unet.conv_out.weight if hasattr(unet, "conv_out") else None
+    return _digest({"config": config, "adapters": adapters, "weights": _weights_digest(weight)})
+
+
+def _weights_digest(weight: torch.Tensor | None) -> str:
+    """Of the first entries in float16, so that the same weights loaded in another dtype give the same digest."""
+    if weight is None or weight.device.type == "meta":  # sequential offload keeps no weights at hand
+        return "unread"
+    sample = weight.detach().flatten()[:_SAMPLED_WEIGHTS].to("cpu", torch.float16)
+    return hashlib.sha256(sample.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,107 @@
+"""What a user configures, and what comes back for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sd_guard.detection import Detector, PrematureDetail, Verdict
+from sd_guard.mitigation import EmbeddingNoise, Mitigation, WordAblation
+from sd_guard.policy import Attempt, Outcome, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticValue:
+    """One measured number.
+
+    Attributes:
+        step: index into the scheduler's timesteps.
+        name: a key of `sd_guard.observation.STATISTICS`.
+        point: where it was taken: `noisy` is the latent of the trajectory.
+        lane: of which prediction: `conditional`, `control` (without a prompt) or both.
+        value: in the statistic's own unit.
+    """
+
+    step: int
+    name: str
+    point: str
+    lane: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuardRecord:
+    """All that is known of one image.
+
+    Attributes:
+        verdict: before any mitigation.
+        outcome: where the image ended.
+        score: of the deciding statistic before any mitigation, higher = more memorized; NaN if unscored.
+        decided_at_step: index into the scheduler's timesteps; None if unscored.
+        dimension: entries of its latent.
+        statistics: of the trajectory before any mitigation.
+        attempts: mitigations tried, in order.
+        extra_lanes: lane evaluations that the guard spent on this image, beyond those of plain sampling.
+        seed: initial seed of the image's generator; None without one.
+        fingerprint: of model, scheduler, steps, guidance and dtype.
+        reason: why it could not be scored; else None.
+    """
+
+    verdict: Verdict
+    outcome: Outcome
+    score: float
+    decided_at_step: int | None
+    dimension: int
+    statistics: tuple[StatisticValue, ...]
+    attempts: tuple[Attempt, ...]
+    extra_lanes: int
+    seed: int | None
+    fingerprint: str
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """Where to look, how to decide, what to do.
+
+    Attributes:
+        observe_at: shares of the schedule in [0, 1) whose steps give the free statistics; the last one decides.
+        probe_at: those of them that also spend probes on the LID.
+        probes: Rademacher vectors a probed step, two lanes each.
+        detector: scores a trajectory.
+        plan: mitigations, in the order of escalation.
+        policy: bounds of the escalation, and its end.
+        seed: of probe vectors and mitigations, mixed with the image's own.
+    """
+
+    observe_at: tuple[float, ...] = (0.06, 0.1, 0.14)
+    probe_at: tuple[float, ...] = (0.14,)
+    probes: int = 1
+    detector: Detector = field(default_factory=PrematureDetail)
+    plan: Sequence[Mitigation] = (WordAblation(), EmbeddingNoise(strengths=(3.0,)))
+    policy: Policy = field(default_factory=Policy)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses settings that no run could use."""
+        if not self.observe_at or not all(0 <= share < 1 for share in self.observe_at):
+            raise ValueError(f"observe_at={self.observe_at} must hold shares of the schedule in [0, 1), at least one")
+        if not set(self.probe_at) <= set(self.observe_at):
+            raise ValueError(f"probe_at={self.probe_at} must be among observe_at={self.observe_at}")
+        if self.probes < 0:
+            raise ValueError(f"probes={self.probes} is negative; 0 decides by the free statistics alone")
+
+    def with_policy(self, **changes: Any) -> Guard:
+        """The same guard with other policy settings."""
+        return replace(self, policy=replace(self.policy, **changes))
+
+    def steps(self, count: int) -> tuple[list[int], set[int]]:
+        """Steps to observe, ascending, and those among them to probe, of a schedule of `count` timesteps."""
+        observed = sorted({step_at(share, count) for share in self.observe_at})
+        return observed, {step_at(share, count) for share in self.probe_at} if self.probes else set()
+
+
+def step_at(share: float, count: int) -> int:
+    """Index of the step that `share` of a schedule of `count` steps has been walked before."""
+    return min(int(share * count + 0.5), count - 1)

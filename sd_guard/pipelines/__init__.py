@@ -1,0 +1,1 @@
+"""Guarded diffusers pipelines: a file a pipeline."""

@@ -1,0 +1,166 @@
+"""From a flag to an image that passed, or to none: proposals, resumed trajectories, verification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_guard.detection import verdict_of
+from sd_guard.guard import Guard
+from sd_guard.lanes import Conditioning, evaluate_lanes
+from sd_guard.mitigation import Change, Subject
+from sd_guard.noise import interpret, read_level
+from sd_guard.pipelines.inputs import CallInputs, prediction_type
+from sd_guard.pipelines.replay import Resumed, Start, Watch, replay_cost, resume
+from sd_guard.policy import Attempt, Case
+from sd_guard.statistics.sharpness import detail
+
+_SEARCH_BATCH = 16  # lanes a call of a search at least may hold, however small the batch is
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """An image whose resumed trajectory passed.
+
+    Attributes:
+        row: of the batch.
+        change: that did it.
+        resumed: the trajectory, of `index`-th image.
+        index: within `resumed`.
+    """
+
+    row: int
+    change: Change
+    resumed: Resumed
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Escalation:
+    """The flagged images of one call, resolved together: a resumed sub-batch a round.
+
+    Attributes:
+        pipe: the pipeline.
+        guard: settings.
+        inputs: of the call.
+        start: of all B images.
+        watch: of all B images.
+        lanes: the host's conditioning.
+        empty_embeds: (tokens, width).
+        cases: of all B images.
+        observation_lanes: extra lanes an image that one watched trajectory costs.
+    """
+
+    pipe: Any
+    guard: Guard
+    inputs: CallInputs
+    start: Start
+    watch: Watch
+    lanes: Conditioning
+    empty_embeds: Tensor
+    cases: Sequence[Case]
+    observation_lanes: int
+
+    @property
+    def cost(self) -> int:
+        """Lanes an image of one attempt."""
+        return replay_cost(self.watch.steps[-1] + 1, self.inputs.guided, self.observation_lanes)
+
+    def run(self) -> list[Rescue]:
+        """Tries the plan on every flagged image until it passes or nothing is left to try or to spend."""
+        open_rows = {row: self._propose(row) for row, case in enumerate(self.cases) if case.verdict == "flag"}
+        rescued: list[Rescue] = []
+        while open_rows:
+            changes = {row: change for row in open_rows if (change := self._next(row, open_rows[row])) is not None}
+            if changes:
+                rescued += self._attempt(changes)
+            open_rows = {row: proposals for row, proposals in open_rows.items() if not self.cases[row].closed}
+        return rescued
+
+    def _next(self, row: int, proposals: Iterator[Change]) -> Change | None:
+        """The next change that the image can still afford; closes its case where there is none."""
+        case, policy = self.cases[row], self.guard.policy
+        change = next(proposals, None) if case.may_attempt(policy, self.cost) else None
+        if change is None or not case.may_attempt(policy, self.cost):
+            case.close()
+            return None
+        return change
+
+    def _attempt(self, changes: dict[int, Change]) -> list[Rescue]:
+        rows = list(changes)
+        resumed = resume(
+            self.pipe,
+            self.inputs,
+            self.start,
+            self.watch,
+            rows,
+            self.lanes,
+            list(changes.values()),
+            self.empty_embeds,
+        )
+        detector = self.guard.detector
+        rescued: list[Rescue] = []
+        for index, (row, score) in enumerate(zip(rows, detector.score(resumed.observations).tolist(), strict=True)):
+            change, case = changes[row], self.cases[row]
+            passed = verdict_of(score, detector.threshold) == "pass"
+            case.lanes += self.cost
+            case.close(Attempt(change.mitigation, change.strength, 0, score, passed, change.prompt))
+            if passed:
+                rescued.append(Rescue(row, change, resumed, index))
+        return rescued
+
+    def _propose(self, row: int) -> Iterator[Change]:
+        case, images = self.cases[row], len(self.cases)
+        lane = row + images if self.inputs.guided else row
+        search = _FreshNoise(self, row, lane)
+        subject = Subject(
+            prompt=self.inputs.prompts[row] if self.inputs.prompts is not None else None,
+            prompt_embeds=self.lanes.prompt_embeds[lane],
+            empty_embeds=self.empty_embeds,
+            seed=self.watch.seeds[row] % 2**63,
+            ordinary=self.guard.detector.ordinary,
+            encode=self.inputs.encode,
+            score_embeds=search.score,
+            lanes_left=lambda: case.budget - case.lanes - self.cost,
+        )
+        for mitigation in self.guard.plan:
+            yield from mitigation.propose(subject)
+
+
+@dataclass(slots=True)
+class _FreshNoise:
+    """Premature detail of prompts at the first step, on fresh noise: it needs no trajectory, and one lane a prompt."""
+
+    escalation: Escalation
+    row: int
+    lane: int
+    control: float | None = None
+
+    @torch.no_grad()
+    def score(self, embeds: Tensor) -> list[float]:
+        """Log detail ratios of (N, tokens, width) embeddings."""
+        if self.control is None:
+            self.control = self._log_details(self.escalation.empty_embeds[None])[0]
+        return [value - self.control for value in self._log_details(embeds)]
+
+    def _log_details(self, embeds: Tensor) -> list[float]:
+        this = self.escalation
+        scheduler, latents = this.start.scheduler, this.start.latents
+        timestep = scheduler.timesteps[0]
+        level = read_level(scheduler, timestep)
+        generator = torch.Generator().manual_seed(this.watch.seeds[self.row] % 2**63)
+        x = torch.randn(latents.shape[1:], generator=generator).to(latents)[None]
+        size = max(_SEARCH_BATCH, 2 * latents.shape[0])
+        logs: list[Tensor] = []
+        for part in embeds.split(size):
+            one = torch.full((len(part),), self.lane, device=latents.device)
+            lanes = this.lanes.select(one).with_prompt(part.to(this.lanes.prompt_embeds))
+            points = x.expand(len(part), -1, -1, -1)
+            output = evaluate_lanes(this.pipe.unet, points, timestep, lanes)
+            logs.append(detail(interpret(output, points, level, prediction_type(this.pipe)).x0_hat).log())
+        this.cases[self.row].lanes += len(embeds)
+        return torch.cat(logs).tolist()

@@ -1,0 +1,69 @@
+"""The arguments of a guarded call that the guard needs, and what it reads off the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sd_guard.noise import PredictionType
+from sd_guard.snapshots import Generators
+
+# Locals of the host's denoising loop that a guarded call reads at the end of a step, with guidance and without.
+LOOP_TENSORS = (
+    "latents",
+    "prompt_embeds",
+    "latent_model_input",
+    "noise_pred",
+    "timestep_cond",
+    "added_cond_kwargs",
+    "cross_attention_kwargs",
+)
+GUIDED_TENSORS = ("noise_pred_uncond", "noise_pred_text")
+
+
+@dataclass(frozen=True, slots=True)
+class CallInputs:
+    """One guarded call.
+
+    Attributes:
+        prompts: one an image; None where the caller gave embeddings.
+        generator: as given.
+        seed: for what has no generator of its own.
+        guided: whether the host runs classifier-free guidance.
+        control_is_empty: whether the host's other lane is that of the empty prompt.
+        guidance_scale: as given.
+        guidance_rescale: as given.
+        eta: as given.
+        encode: prompts to (N, tokens, width) embeddings, as the host would.
+        fingerprint: of this configuration.
+    """
+
+    prompts: list[str] | None
+    generator: Generators
+    seed: int
+    guided: bool
+    control_is_empty: bool
+    guidance_scale: float
+    guidance_rescale: float
+    eta: float
+    encode: Callable[[Sequence[str]], Tensor]
+    fingerprint: str
+
+    def seed_of(self, row: int) -> int | None:
+        """Initial seed of an image's generator; None without one."""
+        if self.generator is None:
+            return None
+        return (self.generator[row] if isinstance(self.generator, list) else self.generator).initial_seed()
+
+    def probe_seed_of(self, row: int) -> int:
+        """In [0, 2^64): an image with its own generator keeps its probes whatever else is in the batch."""
+        own = self.generator[row].initial_seed() if isinstance(self.generator, list) else row
+        return (own + 0x9E3779B97F4A7C15 * (self.seed + 1)) % 2**64
+
+
+def prediction_type(pipe: Any) -> PredictionType:
+    """The parametrisation of the pipeline's UNet, as its scheduler declares it."""
+    return pipe.scheduler.config.get("prediction_type", "epsilon")

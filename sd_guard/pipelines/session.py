@@ -1,0 +1,166 @@
+"""One guarded call, from its first latent to its records.
+
+The host's loop runs unchanged. At its `callback_on_step_end` the session reads the step's UNet call, observes it, and
+at the deciding step has flagged images resumed from the start of the trajectory with a change, until one passes. State
+lives here and not on the pipeline, so that two threads can share one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_guard.detection import verdict_of
+from sd_guard.guard import Guard, GuardRecord, StatisticValue
+from sd_guard.lanes import Conditioning
+from sd_guard.noise import NoiseLevel, read_level
+from sd_guard.observation import STATISTICS, Observation, StepCall, observe
+from sd_guard.pipelines.escalation import Escalation, Rescue
+from sd_guard.pipelines.inputs import CallInputs, prediction_type
+from sd_guard.pipelines.replay import Start, Watch, control_lanes, is_delayed
+from sd_guard.policy import Case
+from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
+
+
+@dataclass(slots=True)
+class Session:
+    """State of one guarded call over B images."""
+
+    guard: Guard
+    inputs: CallInputs
+    start: Start | None = None
+    watch: Watch | None = None
+    level: NoiseLevel | None = None  # of the next step, where that is observed
+    empty_embeds: Tensor | None = None
+    cases: list[Case] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+    rescued: list[Rescue] = field(default_factory=list)  # images whose new text is not in the loop yet
+
+    def begin(self, pipe: Any, latents: Tensor) -> None:
+        """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
+        steps, probed = self.guard.steps(len(pipe.scheduler.timesteps))
+        seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
+        self.watch = Watch(steps, frozenset(probed), self.guard.probes, seeds)
+        self.start = Start(copy_scheduler(pipe.scheduler), latents, generator_states(self.inputs.generator))
+        self._read_level(pipe, 0)
+
+    def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Observes, and at the deciding step resolves; returns the tensors that the host's loop shall go on with."""
+        if self.level is not None and self.watch is not None:
+            lanes = Conditioning(
+                tensors["prompt_embeds"],
+                tensors["timestep_cond"],
+                tensors["added_cond_kwargs"],
+                tensors["cross_attention_kwargs"],
+            )
+            call = self._read_call(step, timestep, tensors, lanes)
+            probes = self.watch.probes_at(step)
+            self.observations.append(
+                observe(call, pipe.unet, prediction_type(pipe), probes=probes, seeds=self.watch.seeds)
+            )
+            if step == self.watch.steps[-1]:
+                tensors = self._decide(pipe, lanes, tensors)
+                self.start = None  # the snapshot has served
+        self._read_level(pipe, step + 1)
+        return self._write_texts(tensors, (step + 1) / len(pipe.scheduler.timesteps))
+
+    def _decide(self, pipe: Any, lanes: Conditioning, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Scores all images, the one host synchronisation of an unflagged call, and resolves the flagged ones."""
+        assert self.start is not None
+        assert self.watch is not None
+        detector, policy = self.guard.detector, self.guard.policy
+        spent = sum(seen.lanes for seen in self.observations)
+        as_much = (2 if self.inputs.guided else 1) * len(pipe.scheduler.timesteps)
+        for score in detector.score(self.observations).tolist():
+            budget = as_much if policy.budget is None else policy.budget
+            self.cases.append(Case(verdict_of(score, detector.threshold), score, budget, lanes=spent))
+        if not any(case.verdict == "flag" for case in self.cases):
+            return tensors
+        escalation = Escalation(
+            pipe, self.guard, self.inputs, self.start, self.watch, lanes, self._empty(), self.cases, spent
+        )
+        for rescue in escalation.run():
+            tensors = self._accept(pipe, rescue, tensors)
+        return tensors
+
+    def _accept(self, pipe: Any, rescue: Rescue, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Puts a rescued image into the host's loop: its latents, its scheduler state, its text."""
+        latents: Tensor = tensors["latents"]
+        one = torch.tensor([rescue.index], device=latents.device)
+        row = torch.tensor([rescue.row], device=latents.device)
+        own = select_images(rescue.resumed.scheduler, one, rescue.resumed.latents)
+        replace_images(pipe.scheduler, own, row, latents)
+        tensors = {**tensors, "latents": latents.index_copy(0, row, rescue.resumed.latents[one])}
+        self.rescued.append(rescue)
+        return tensors
+
+    def _write_texts(self, tensors: dict[str, Any], share: float) -> dict[str, Any]:
+        """Gives rescued images the text of the next step: the changed one, or none while guidance is delayed."""
+        waiting: list[Rescue] = []
+        for rescue in self.rescued:
+            late = is_delayed(rescue.change, share)
+            text = self._empty() if late else rescue.change.prompt_embeds
+            prompt_embeds: Tensor = tensors["prompt_embeds"]
+            lane = torch.tensor([prompt_embeds.shape[0] - len(self.cases) + rescue.row], device=prompt_embeds.device)
+            tensors = {**tensors, "prompt_embeds": prompt_embeds.index_copy(0, lane, text.to(prompt_embeds)[None])}
+            if late:
+                waiting.append(rescue)
+        self.rescued = waiting
+        return tensors
+
+    def _read_call(self, step: int, timestep: Tensor, tensors: dict[str, Any], lanes: Conditioning) -> StepCall:
+        """The step's UNet call, as the host's loop made it."""
+        assert self.level is not None
+        images = tensors["latents"].shape[0]
+        guided = self.inputs.guided
+        own_control = guided and self.inputs.control_is_empty
+        return StepCall(
+            step=step,
+            timestep=timestep,
+            level=self.level,
+            x=tensors["latent_model_input"][:images],
+            conditional=tensors["noise_pred_text" if guided else "noise_pred"],
+            control=tensors["noise_pred_uncond"] if own_control else None,
+            lanes=control_lanes(self.inputs, lanes, images, None if own_control else self._empty()),
+        )
+
+    def _empty(self) -> Tensor:
+        """(tokens, width) embedding of the empty prompt, encoded once and only where needed."""
+        if self.empty_embeds is None:
+            self.empty_embeds = self.inputs.encode([""])[0]
+        return self.empty_embeds
+
+    def _read_level(self, pipe: Any, step: int) -> None:
+        """Reads the level that the host will make step `step` at, while the scheduler stands before it."""
+        observed = self.watch is not None and step in self.watch.steps
+        self.level = read_level(pipe.scheduler, pipe.scheduler.timesteps[step]) if observed else None
+
+    def records(self, images: int) -> list[GuardRecord]:
+        """One record an image, in the order of the batch."""
+        table = [(seen.step, name, value.tolist()) for seen in self.observations for name, value in seen.values.items()]
+        if self.cases:
+            return [self._record(row, case, table) for row, case in enumerate(self.cases)]
+        ended_early = Case("unscored", math.nan, 0, lanes=sum(seen.lanes for seen in self.observations))
+        return [self._record(row, ended_early, table) for row in range(images)]
+
+    def _record(self, row: int, case: Case, table: list[tuple[int, str, list[float]]]) -> GuardRecord:
+        reason = None
+        if case.verdict == "unscored":
+            reason = "the UNet's output was not finite" if self.cases else "sampling ended before the deciding step"
+        return GuardRecord(
+            verdict=case.verdict,
+            outcome=case.outcome(self.guard.policy),
+            score=case.score if reason is None else math.nan,
+            decided_at_step=self.watch.steps[-1] if self.watch and reason is None else None,
+            dimension=self.observations[0].dimension if self.observations else 0,
+            statistics=tuple(StatisticValue(s, name, *STATISTICS[name], values[row]) for s, name, values in table),
+            attempts=tuple(case.attempts),
+            extra_lanes=case.lanes,
+            seed=self.inputs.seed_of(row),
+            fingerprint=self.inputs.fingerprint,
+            reason=reason,
+        )

@@ -1,0 +1,288 @@
+"""`GuardedStableDiffusionPipeline`: diffusers' `StableDiffusionPipeline`, guarded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils import logging
+from torch import Tensor
+
+from sd_guard.calibration import Calibration
+from sd_guard.fingerprint import take_fingerprint
+from sd_guard.guard import Guard, GuardRecord
+from sd_guard.noise import check_scheduler
+from sd_guard.pipelines.inputs import GUIDED_TENSORS, LOOP_TENSORS, CallInputs
+from sd_guard.pipelines.outputs import blank_images
+from sd_guard.pipelines.session import Session
+from sd_guard.settings import guard_from_json, guard_to_json
+
+logger = logging.get_logger(__name__)
+
+GUARD_FILE = "guard.json"
+_SESSION: ContextVar[Session | None] = ContextVar("sd_guard_session", default=None)
+_HOST_SIGNATURE = inspect.signature(StableDiffusionPipeline.__call__)
+
+
+@dataclass
+class GuardedStableDiffusionPipelineOutput(StableDiffusionPipelineOutput):
+    """Output of a guarded call.
+
+    Attributes:
+        images: as of `StableDiffusionPipeline`; a blocked image is black.
+        nsfw_content_detected: as of `StableDiffusionPipeline`.
+        records: one an image; None with the guard off.
+    """
+
+    records: list[GuardRecord] | None = None
+
+
+class MemorizedGenerationError(RuntimeError):
+    """An image stayed memorized and the policy says `raise`. `output` holds the whole batch, that image black."""
+
+    def __init__(self, message: str, output: GuardedStableDiffusionPipelineOutput) -> None:
+        """Keeps what was computed."""
+        super().__init__(message)
+        self.output = output
+
+
+class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
+    """A `StableDiffusionPipeline` that flags memorized generations while they are sampled, and mitigates them.
+
+    The call takes the arguments of `StableDiffusionPipeline.__call__`. The guard is on from the start; an image that is
+    not flagged equals the plain pipeline's bit for bit.
+    """
+
+    _callback_tensor_inputs = [  # noqa: RUF012 - the host's own attribute
+        *StableDiffusionPipeline._callback_tensor_inputs,
+        *(name for name in (*LOOP_TENSORS, *GUIDED_TENSORS) if name not in StableDiffusionPipeline._callback_tensor_inputs),
+    ]
+    _guard: Guard | None = Guard()
+    _calibration: Calibration | None = None
+
+    @property
+    def guard(self) -> Guard | None:
+        """The settings in force; None with the guard off."""
+        return self._guard
+
+    def enable_guard(
+        self,
+        guard: Guard | None = None,
+        *,
+        calibration: Calibration | None = None,
+        on_failure: str | None = None,
+        budget: int | None = None,
+    ) -> None:
+        """Turns the guard on.
+
+        Args:
+            guard: where to look, how to decide, what to do; None keeps the settings in force, or takes the default.
+            calibration: thresholds of this very configuration; a call in any other raises.
+            on_failure: what becomes of an image that nothing rescued: `blank`, `keep` or `raise`.
+            budget: extra lane evaluations an image may cost.
+
+        Raises:
+            ValueError: a setting that no call could use, or a pipeline that cannot be guarded.
+        """
+        guard = guard or self._guard or Guard()
+        policy = {"on_failure": on_failure, "budget": budget}
+        guard = guard.with_policy(**{name: value for name, value in policy.items() if value is not None})
+        if calibration is not None:
+            guard = calibration.apply(guard)
+        check_pipeline(self)
+        self._guard, self._calibration = guard, calibration
+
+    def disable_guard(self) -> None:
+        """Turns the guard off: calls are those of `StableDiffusionPipeline`."""
+        self._guard = self._calibration = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> GuardedStableDiffusionPipeline:
+        """As of `DiffusionPipeline`; takes the guard settings that `save_pretrained` left in the folder."""
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        settings = Path(pretrained_model_name_or_path) / GUARD_FILE
+        if settings.is_file():
+            pipe._guard = guard_from_json(settings.read_text(encoding="utf-8"))
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> GuardedStableDiffusionPipeline:
+        """A guarded pipeline on the components of another, which keep their dtypes unless `torch_dtype` is given."""
+        if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
+            # The host would cast the shared components, to float32: build from them instead.
+            names = {*inspect.signature(cls.__init__).parameters} - {"self"}
+            shared = {name: value for name, value in pipeline.components.items() if name in names}
+            flags = {name: pipeline.config[name] for name in ("requires_safety_checker",) if name in pipeline.config}
+            pipe = cls(**{**shared, **flags, **kwargs})
+            pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+            return pipe
+        return super().from_pipe(pipeline, **kwargs)
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Names the host as the folder's class, so that any diffusers loads it; guard settings go to their own file."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        index = Path(save_directory) / self.config_name
+        content = json.loads(index.read_text(encoding="utf-8")) | {"_class_name": StableDiffusionPipeline.__name__}
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if self._guard is not None:
+            (Path(save_directory) / GUARD_FILE).write_text(guard_to_json(self._guard), encoding="utf-8")
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As of the host; where a guarded call's trajectory begins."""
+        latents = super().prepare_latents(*args, **kwargs)
+        session = _SESSION.get()
+        if session is not None:
+            session.begin(self, latents)
+        return latents
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates images; see `StableDiffusionPipeline.__call__` for the arguments.
+
+        Returns:
+            `GuardedStableDiffusionPipelineOutput`, or with `return_dict=False` the host's tuple of images and NSFW flags.
+
+        Raises:
+            MemorizedGenerationError: an image stayed memorized, and the policy is `raise`.
+            ValueError: arguments or a pipeline that cannot be guarded.
+        """
+        bound = _HOST_SIGNATURE.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments: dict[str, Any] = {**bound.arguments, **bound.arguments["kwargs"]}
+        del arguments["self"], arguments["kwargs"]
+        return_dict = arguments.pop("return_dict")
+        session = self._open_session(arguments) if self._guard is not None else None
+        if session is not None:
+            self._listen(session, arguments)
+        token = _SESSION.set(session)
+        try:
+            plain = super().__call__(**arguments, return_dict=True)
+        finally:
+            _SESSION.reset(token)
+        output = GuardedStableDiffusionPipelineOutput(plain.images, plain.nsfw_content_detected)
+        if session is not None:
+            self._conclude(session, output)
+        return output if return_dict else (output.images, output.nsfw_content_detected)
+
+    __call__.__signature__ = _HOST_SIGNATURE  # pyright: ignore[reportFunctionMemberAccess]
+
+    def _open_session(self, arguments: dict[str, Any]) -> Session:
+        """Checks what can be checked before any sampling, and gathers what the session needs."""
+        assert self._guard is not None
+        check_pipeline(self)
+        if arguments["clip_skip"] is not None and not hasattr(self.text_encoder, "text_model"):
+            raise ValueError(
+                f"clip_skip={arguments['clip_skip']} does not work with the installed diffusers and transformers: "
+                "leave it out, or install transformers < 5.6"
+            )
+        custom = arguments["timesteps"] or arguments["sigmas"]
+        steps = len(custom) if custom is not None else arguments["num_inference_steps"]
+        guidance = {name: arguments[name] for name in ("guidance_scale", "guidance_rescale")}
+        fingerprint = take_fingerprint(self, steps=steps, **guidance)
+        if self._calibration is not None:
+            self._calibration.check(fingerprint)
+        guided = guidance["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
+        inputs = CallInputs(
+            prompts=_prompts_of(arguments),
+            generator=arguments["generator"],
+            seed=self._guard.seed,
+            guided=guided,
+            control_is_empty=_is_empty(arguments["negative_prompt"]) and arguments["negative_prompt_embeds"] is None,
+            eta=arguments["eta"],
+            encode=self._encoder(arguments),
+            fingerprint=fingerprint.digest,
+            **guidance,
+        )
+        return Session(self._guard, inputs)
+
+    def _encoder(self, arguments: dict[str, Any]) -> Callable[[Sequence[str]], Tensor]:
+        scale = (arguments["cross_attention_kwargs"] or {}).get("scale")
+
+        @torch.no_grad()
+        def encode(prompts: Sequence[str]) -> Tensor:
+            device, skip = self._execution_device, arguments["clip_skip"]
+            return self.encode_prompt(list(prompts), device, 1, False, lora_scale=scale, clip_skip=skip)[0]
+
+        return encode
+
+    @staticmethod
+    def _listen(session: Session, arguments: dict[str, Any]) -> None:
+        """Puts the session into the host's step callback, before the user's."""
+        user = arguments["callback_on_step_end"]
+        builtin = isinstance(user, (PipelineCallback, MultiPipelineCallbacks))
+        wanted: list[str] = list(user.tensor_inputs if builtin else arguments["callback_on_step_end_tensor_inputs"])
+        allowed = StableDiffusionPipeline._callback_tensor_inputs
+        if unknown := [name for name in wanted if name not in allowed]:
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {allowed}, but found {unknown}")
+
+        def on_step_end(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+            tensors = session.on_step_end(pipe, step, timestep, tensors)
+            result = {name: tensors[name] for name in ("latents", "prompt_embeds")}
+            if user is not None:
+                result |= user(pipe, step, timestep, {name: tensors[name] for name in wanted})
+            return result
+
+        loop = (*LOOP_TENSORS, *(GUIDED_TENSORS if session.inputs.guided else ()))
+        arguments["callback_on_step_end"] = on_step_end
+        arguments["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys((*loop, *wanted)))
+
+    def _conclude(self, session: Session, output: GuardedStableDiffusionPipelineOutput) -> None:
+        """Blanks what was blocked and attaches the records."""
+        records = session.records(len(output.images))
+        blocked = [row for row, record in enumerate(records) if record.outcome == "blocked"]
+        unscored = sum(record.outcome == "unscored" for record in records)
+        output.images, output.records = blank_images(output.images, blocked), records
+        output["records"] = records
+        if unscored:
+            logger.warning("%d of %d images could not be scored: %s.", unscored, len(records), records[-1].reason)
+        if blocked and session.guard.policy.on_failure == "raise":
+            raise MemorizedGenerationError(
+                f"{len(blocked)} of {len(records)} images stayed memorized after mitigation (rows {blocked}); change the "
+                "prompt or the seed, or enable_guard(on_failure='blank')",
+                output,
+            )
+        if blocked:
+            logger.warning(
+                "%d of %d images stayed memorized after mitigation, and a black image is returned instead. Change the "
+                "prompt or the seed.",
+                len(blocked),
+                len(records),
+            )
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Refuses a pipeline that the guard cannot see through.
+
+    Raises:
+        ValueError, TypeError: one line that names the component and the remedy.
+    """
+    check_scheduler(pipe.scheduler)
+    if pipe.tokenizer is not None and len(pipe.tokenizer) <= 3:
+        raise ValueError(
+            f"tokenizer has {len(pipe.tokenizer)} tokens: its files are missing from the checkpoint's tokenizer folder"
+        )
+    owner = getattr(pipe.unet.forward, "__module__", None) or ""
+    if owner.split(".")[0] == "DeepCache":
+        raise ValueError("DeepCache changes what a probe sees: call helper.disable(), or disable_guard()")
+
+
+def _prompts_of(arguments: dict[str, Any]) -> list[str] | None:
+    """The prompt of each image of the batch."""
+    prompt = arguments["prompt"]
+    if prompt is None:
+        return None
+    prompts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt)
+    return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
+
+
+def _is_empty(negative_prompt: str | list[str] | None) -> bool:
+    texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt]
+    return not any(texts)

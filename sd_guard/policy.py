@@ -1,0 +1,106 @@
+"""What happens to a flagged image: detect, mitigate, verify, accept or block. A pure state machine, without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sd_guard.detection import Verdict
+
+OnFailure = Literal["blank", "keep", "raise"]
+Outcome = Literal["passed", "rescued", "blocked", "unscored", "kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One mitigation and its verification.
+
+    Attributes:
+        mitigation: its name.
+        strength: in the mitigation's own unit.
+        resumed_from_step: the step that sampling was resumed from.
+        score: of the resumed trajectory, by the statistic that flagged the image.
+        passed: whether that was no longer suspicious.
+        prompt: the rewritten prompt; None where the words were kept.
+    """
+
+    mitigation: str
+    strength: float
+    resumed_from_step: int
+    score: float
+    passed: bool
+    prompt: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Bounds of the escalation, and its end.
+
+    Attributes:
+        budget: extra lane evaluations that one image may cost, detection included; None allows as many as the image
+            itself costs.
+        max_attempts: resumed trajectories an image.
+        on_failure: an image that no attempt rescued is made `blank`, kept as it would have been without the guard
+            (`keep`), or raised as an error when the call is over (`raise`).
+    """
+
+    budget: int | None = None
+    max_attempts: int = 4
+    on_failure: OnFailure = "blank"
+
+    def __post_init__(self) -> None:
+        """Refuses settings that no run could use."""
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"budget={self.budget} is negative; give the extra lane evaluations an image may cost")
+        if self.max_attempts < 0:
+            raise ValueError(f"max_attempts={self.max_attempts} is negative; 0 flags without mitigating")
+        if self.on_failure not in ("blank", "keep", "raise"):
+            raise ValueError(f"on_failure={self.on_failure!r} is not one of 'blank', 'keep', 'raise'")
+
+
+@dataclass(slots=True)
+class Case:
+    """One image's way through the policy.
+
+    Attributes:
+        verdict: of the trajectory before any mitigation.
+        score: likewise.
+        budget: extra lanes allowed.
+        lanes: extra lanes spent so far.
+        attempts: in order.
+        closed: no further attempt is to be made.
+    """
+
+    verdict: Verdict
+    score: float
+    budget: int
+    lanes: int = 0
+    attempts: list[Attempt] = field(default_factory=list)
+    closed: bool = False
+
+    @property
+    def rescued(self) -> bool:
+        """Whether the last attempt passed."""
+        return bool(self.attempts) and self.attempts[-1].passed
+
+    def may_attempt(self, policy: Policy, cost: int) -> bool:
+        """Whether another attempt of `cost` lanes is allowed."""
+        affordable = self.lanes + cost <= self.budget
+        return self.verdict == "flag" and not self.closed and affordable and len(self.attempts) < policy.max_attempts
+
+    def close(self, attempt: Attempt | None = None) -> None:
+        """Ends the case where `attempt` passed, or where there is nothing left to try (None)."""
+        if attempt is not None:
+            self.attempts.append(attempt)
+        self.closed = attempt is None or attempt.passed
+
+    def outcome(self, policy: Policy) -> Outcome:
+        """Where the image ended."""
+        if self.verdict == "unscored" or not math.isfinite(self.score):
+            return "unscored"
+        if self.verdict == "pass":
+            return "passed"
+        if self.rescued:
+            return "rescued"
+        return "kept" if policy.on_failure == "keep" else "blocked"

@@ -1,0 +1,39 @@
+"""How finished the predicted image already is: premature detail.
+
+A memorized prompt's posterior mean is a sharp picture while the noise is still high; a novel prompt's is a blur, since
+it averages all that is still possible (law of total variance). Webster (2023, arXiv 2305.08694) recognises one-step
+extractions by the same fact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOOR = 1e-12  # keeps the logarithm finite for a constant prediction
+
+
+def detail(x0_hat: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring latent pixels (anisotropic total variation, per pixel and channel).
+
+    Args:
+        x0_hat: (B, C, H, W) predicted clean latents.
+
+    Returns:
+        (B,) float32 or better, in the latent's units, at least 0.
+    """
+    x = x0_hat if x0_hat.dtype == torch.float64 else x0_hat.float()
+    return (x.diff(dim=-1).abs().mean(dim=(1, 2, 3)) + x.diff(dim=-2).abs().mean(dim=(1, 2, 3))) / 2
+
+
+def log_detail_ratio(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
+    """log of the detail of a prediction over that of its control at the same latent; scale-free.
+
+    Args:
+        x0_hat: (B, C, H, W) conditional prediction.
+        x0_hat_control: (B, C, H, W) the unconditional prediction at the same latent and noise level.
+
+    Returns:
+        (B,); about 0 for prompts that the model knows no better than no prompt, positive for premature detail.
+    """
+    return (detail(x0_hat) + _FLOOR).log() - (detail(x0_hat_control) + _FLOOR).log()
