@@ -17,7 +17,7 @@ def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         pytest.fail(f"{tool} is not installed beside {sys.executable}: pip install -c constraints.txt -e '.[dev]'")
     environment = os.environ | {"NO_COLOR": "1", "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
     return subprocess.run(
-        [BIN / tool, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+        [BIN / tool, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
 
 
