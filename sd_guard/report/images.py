@@ -1,0 +1,61 @@
+"""Images of a run as data URIs, thinned."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+
+MAX_SIDE: Final = 256
+TINY_SIDE: Final = 128  # at most this wide and high: kept exact, and shown with hard pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image to inline; sizes in pixels."""
+
+    uri: str
+    width: int
+    height: int
+    is_tiny: bool
+
+
+class Pictures:
+    """Reads a run's images, each file once a side; only from inside the run folder."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run.resolve()
+        self._seen: dict[tuple[str, int], Picture | None] = {}
+
+    def get(self, relative: str | None, *, side: int = MAX_SIDE) -> Picture | None:
+        """The image, no side longer than `side`; None if there is none, or it is no readable image of the run."""
+        if relative is None:
+            return None
+        key = (relative, side)
+        if key not in self._seen:
+            self._seen[key] = self._read(relative, side)
+        return self._seen[key]
+
+    def _read(self, relative: str, side: int) -> Picture | None:
+        try:
+            path = (self._run / relative).resolve()
+            if not path.is_relative_to(self._run):
+                return None
+            with Image.open(path, formats=["PNG"]) as file:
+                image = file.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+        is_tiny = max(image.size) <= TINY_SIDE
+        image.thumbnail((side, side))
+        buffer = io.BytesIO()
+        if is_tiny:
+            image.save(buffer, format="PNG", optimize=True)
+        else:
+            image.save(buffer, format="JPEG", quality=88)
+        kind = "png" if is_tiny else "jpeg"
+        uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        return Picture(uri=uri, width=image.width, height=image.height, is_tiny=is_tiny)

@@ -1,0 +1,79 @@
+"""Loads the guarded pipeline quietly; the only place of the command line that imports torch and diffusers."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from sd_guard.screening.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+
+
+def load_pipeline(settings: ModelSettings) -> GuardedStableDiffusionPipeline:
+    """Loads the model, with the guard enabled as the settings say; safetensors only.
+
+    Raises:
+        ValueError: In one line, if the device is not there, or the model or the calibration cannot be loaded.
+    """
+    _silence()
+    import torch
+
+    from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used ({first_line(error)}); use another") from error
+    guard = guard_settings(settings)
+    try:
+        pipe = GuardedStableDiffusionPipeline.from_pretrained(
+            settings.model,
+            torch_dtype=getattr(torch, settings.dtype),
+            use_safetensors=True,
+            local_files_only=settings.is_local,
+        )
+    except Exception as error:  # whatever the host's loaders raise
+        raise ValueError(f"{settings.model}: cannot be loaded ({first_line(error)})") from error
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    pipe.enable_guard(**guard)
+    return pipe
+
+
+def guard_settings(settings: ModelSettings) -> dict[str, Any]:
+    """Keyword arguments for `enable_guard`; reads the calibration.
+
+    Raises:
+        ValueError: If the calibration cannot be read.
+    """
+    arguments: dict[str, Any] = {"on_failure": settings.on_failure}
+    if settings.calibration is not None:
+        from sd_guard.calibration import Calibration
+
+        arguments["calibration"] = Calibration.load(settings.calibration)
+    if settings.budget is not None:
+        arguments["budget"] = settings.budget
+    return arguments
+
+
+def first_line(error: BaseException, *, limit: int = 300) -> str:
+    """An exception as one line of at most `limit` characters: its type and the first line of its message."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    name = type(error).__name__
+    line = f"{name}: {message}" if message else name
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _silence() -> None:
+    """Keeps the libraries' warnings, logs (which repeat prompts) and progress bars off the terminal."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("sd_guard").setLevel(logging.ERROR)
+    for name in ("transformers", "diffusers"):  # diffusers imports transformers, which logs while it is imported
+        library = importlib.import_module(f"{name}.utils.logging")
+        library.set_verbosity_error()
+        library.disable_progress_bar()

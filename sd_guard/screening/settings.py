@@ -1,0 +1,254 @@
+"""What a run is asked to do: checked before any model is loaded, and kept in `run.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
+
+from sd_guard.screening.prompts import MAX_SEED
+from sd_guard.screening.records import write_atomic
+
+RUN_FILE: Final = "run.json"
+OnFailure: TypeAlias = Literal["blank", "keep"]
+Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+_PACKAGES: Final = ("sd-guard", "torch", "diffusers", "transformers", "pyarrow")
+_HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_WEIGHTS: Final = frozenset({".safetensors", ".bin", ".ckpt", ".pt"})
+_END: Final = 1 << 20  # bytes at either end of a weight file that the fingerprint reads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """The model, and how images are sampled from it.
+
+    Attributes:
+        model: A local checkpoint folder, or a hub name ("owner/name").
+        calibration: A calibration file, or None for the calibration-free default.
+        steps: Sampling steps, >= 1.
+        guidance_scale: Of classifier-free guidance, >= 0; at most 1 means none.
+        budget: Extra lane evaluations an image, >= 0, or None for the guard's default.
+        on_failure: What becomes of an image that no mitigation rescued.
+        device: A torch device, or None for CUDA if there is one.
+        dtype: Of the weights.
+        height: Pixels, a multiple of 8, or None for the model's own.
+        width: As `height`.
+
+    Raises:
+        ValueError: If a value is out of its range, or a file is not there.
+    """
+
+    model: str
+    calibration: Path | None = None
+    steps: int = 50
+    guidance_scale: float = 7.5
+    budget: int | None = None
+    on_failure: OnFailure = "blank"
+    device: str | None = None
+    dtype: Dtype = "float32"
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value that can be checked without torch."""
+        _at_least("--steps", self.steps, 1)
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ValueError(f"--guidance-scale is {self.guidance_scale}; use a number >= 0")
+        if self.budget is not None:
+            _at_least("--budget", self.budget, 0)
+        _one_of("--on-failure", self.on_failure, get_args(OnFailure))
+        _one_of("--dtype", self.dtype, get_args(Dtype))
+        for name, pixels in (("--height", self.height), ("--width", self.width)):
+            if pixels is not None and (pixels < 8 or pixels % 8):
+                raise ValueError(f"{name} is {pixels}; use a positive multiple of 8")
+        if self.device is not None and not re.fullmatch(r"cpu|(cuda|xpu|mps)(:\d+)?", self.device):
+            raise ValueError(f"--device is {self.device!r}; use cpu, cuda, cuda:N, xpu or mps")
+        if self.calibration is not None and not self.calibration.is_file():
+            raise ValueError(f"{self.calibration}: no such file; name a calibration, or leave --calibration out")
+        folder = Path(self.model)
+        if folder.is_dir():
+            if not (folder / "model_index.json").is_file():
+                raise ValueError(f"{folder}: has no model_index.json; name the folder of a diffusers checkpoint")
+        elif folder.exists() or not _HUB_NAME.fullmatch(self.model):
+            raise ValueError(f"{self.model}: is neither a checkpoint folder nor a hub name; check --model")
+
+    @property
+    def is_local(self) -> bool:
+        """True for a folder: then the network is not touched."""
+        return Path(self.model).is_dir()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """One run: prompts x seeds, screened with one model.
+
+    Attributes:
+        prompts: The prompt list, `.txt`, `.csv` or `.jsonl`.
+        out: The run folder.
+        model: The model and its sampling.
+        seeds: Images a prompt, >= 1.
+        seed: Base seed of prompts without their own, in [0, 2**63).
+        batch_size: Images a batch, >= 1; a resumed run may change it.
+        keep_before: Also keep the unguarded image of every flagged one.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    prompts: Path
+    out: Path
+    model: ModelSettings
+    seeds: int = 1
+    seed: int = 0
+    batch_size: int = 16
+    keep_before: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        _at_least("--seeds", self.seeds, 1)
+        _at_least("--batch-size", self.batch_size, 1)
+        check_seed(self.seed)
+
+    def configuration(self) -> dict[str, Any]:
+        """What decides the images and the records: a resumed run must have the same."""
+        model = {key: value for key, value in asdict(self.model).items() if key != "calibration"}
+        calibration = self.model.calibration
+        return {
+            "prompts": _sha256(self.prompts),
+            **model,
+            "model_fingerprint": _folder_fingerprint(Path(self.model.model)) if self.model.is_local else None,
+            "calibration": None if calibration is None else _sha256(calibration),
+            "seeds": self.seeds,
+            "seed": self.seed,
+            "keep_before": self.keep_before,
+        }
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless the seed is in [0, 2**63)."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"--seed is {seed}; use a number from 0 to {MAX_SEED}")
+
+
+def open_run(settings: RunSettings, configuration: dict[str, Any], *, resume: bool) -> None:
+    """Makes the run folder, or checks that it may be gone on with.
+
+    Raises:
+        ValueError: If the folder is in use, is no run's, or was started with another configuration.
+    """
+    out = settings.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; name a folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    if not any(out.iterdir()):
+        return
+    if not resume:
+        raise ValueError(f"{out}: is not empty; add --resume to go on with that run, or name another folder with --out")
+    started = read_manifest(out)["configuration"]
+    keys = [key for key in {**started, **configuration} if started.get(key) != configuration.get(key)]
+    if keys:
+        changes = ", ".join(f"{key} was {started.get(key)!r}, now {configuration.get(key)!r}" for key in keys)
+        raise ValueError(f"{out}: was started otherwise ({changes}); resume it unchanged, or name another folder")
+
+
+def write_manifest(
+    settings: RunSettings, configuration: dict[str, Any], *, images: int, threshold: float | None
+) -> None:
+    """Writes `run.json` at the start of a run; a resumed run keeps the first one.
+
+    Args:
+        settings: Of the run.
+        configuration: Of `RunSettings.configuration`.
+        images: That the run will have when finished.
+        threshold: Scores above it are flagged; None if the detector has no such line.
+    """
+    path = settings.out / RUN_FILE
+    if path.exists():
+        return
+    manifest = {
+        "prompts": settings.prompts.name,
+        "images": images,
+        "batch_size": settings.batch_size,
+        "threshold": threshold,
+        "configuration": configuration,
+        "versions": {name: package_version(name) for name in _PACKAGES},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": None,
+    }
+    write_atomic(path, _json(manifest))
+
+
+def finish_manifest(run: Path) -> None:
+    """Notes in `run.json` when the run was finished, once."""
+    manifest = read_manifest(run)
+    if manifest["finished"] is None:
+        write_atomic(run / RUN_FILE, _json({**manifest, "finished": datetime.now(UTC).isoformat(timespec="seconds")}))
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    path = run / RUN_FILE
+    try:
+        manifest: object = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{run}: has no {RUN_FILE}, so it is no run of `sd-guard screen`; name another folder"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    fields = cast("dict[str, Any]", manifest) if isinstance(manifest, dict) else {}
+    if not isinstance(fields.get("configuration"), dict) or "finished" not in fields:
+        raise ValueError(f"{path}: is not the {RUN_FILE} of a run; name another folder")
+    return fields
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, or None; imports nothing of it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Names, sizes and contents of a checkpoint's files; of weights, the first and the last MiB."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if path.suffix not in _WEIGHTS or size <= 2 * _END:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_END))
+                file.seek(-_END, 2)
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}; use a whole number >= {least}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(allowed)}")

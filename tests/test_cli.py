@@ -1,0 +1,97 @@
+"""The command line: bad input is one line and an exit code, before a model is loaded; help is quick."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sd_guard.cli import main
+
+OK = "prompt\na cat\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "ok.csv").write_text(OK)
+    (tmp_path / "columns.csv").write_text("text\nx\n")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("x")
+    (tmp_path / "taken.png").write_text("x")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SCREEN = ["screen", "ok.csv", "--out", "new", "--model", "model"]
+BAD = [
+    (["screen"], "Missing argument"),
+    (["scren"], "No such command"),
+    (["screen", "none.csv", "--out", "new", "--model", "model"], "no such file"),
+    (["screen", "empty.txt", "--out", "new", "--model", "model"], "has no prompts"),
+    (["screen", "columns.csv", "--out", "new", "--model", "model"], "found 'text'"),
+    (["screen", "ok.csv", "--out", "used", "--model", "model"], "is not empty; add --resume"),
+    (["screen", "ok.csv", "--out", "ok.csv", "--model", "model"], "is a file"),
+    (["screen", "ok.csv", "--out", "new", "--model", "./none"], "neither a checkpoint folder nor a hub name"),
+    (["screen", "ok.csv", "--out", "new", "--model", "bare"], "has no model_index.json"),
+    ([*SCREEN, "--steps", "0"], "--steps is 0"),
+    ([*SCREEN, "--steps", "many"], "Invalid value for '--steps'"),
+    ([*SCREEN, "--batch-size", "0"], "--batch-size is 0"),
+    ([*SCREEN, "--seeds", "0"], "--seeds is 0"),
+    ([*SCREEN, "--seed", "-1"], "--seed is -1"),
+    ([*SCREEN, "--budget", "-1"], "--budget is -1"),
+    ([*SCREEN, "--guidance-scale", "nan"], "--guidance-scale is nan"),
+    ([*SCREEN, "--height", "63"], "--height is 63"),
+    ([*SCREEN, "--dtype", "int8"], "Invalid value for '--dtype'"),
+    ([*SCREEN, "--on-failure", "raise"], "Invalid value for '--on-failure'"),
+    ([*SCREEN, "--device", "tpu"], "--device is 'tpu'"),
+    ([*SCREEN, "--calibration", "none.json"], "none.json: no such file"),
+    (["generate", " ", "--out", "x.png", "--model", "model"], "the prompt is empty"),
+    (["generate", "a", "--out", "x.jpg", "--model", "model"], "is no .png"),
+    (["generate", "a", "--out", "taken.png", "--model", "model"], "exists already"),
+    (["generate", "a", "--out", "none/x.png", "--model", "model"], "no such folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_arguments_are_one_line_and_exit_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = sorted(folder.rglob("*"))
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_report_of_no_run_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "used"]) == 1
+    assert "used: holds no records" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_the_folder_free(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sd_guard.pipelines.stable_diffusion")
+    for _ in range(2):
+        assert main(SCREEN) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("error: model: cannot be loaded")
+        assert err.count("\n") == 1
+
+
+def test_help_lists_every_command_and_loads_neither_torch_nor_pyarrow() -> None:
+    code = (
+        "import sys; from sd_guard.cli import main; main(['--help']); main(['screen', '--help']);"
+        "sys.exit(bool({'torch', 'diffusers', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("screen", "generate", "report", "--keep-before", "--resume"):
+        assert word in done.stdout
