@@ -181,7 +181,7 @@ def root(
     if version:
         from sd_guard.screening.settings import package_version
 
-        typer.echo(f"sd-guard {package_version('sd-guard')}")
+        typer.echo(f"sd-guard {package_version('sd-guard') or 'unknown: not installed'}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

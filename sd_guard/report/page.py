@@ -160,5 +160,5 @@ def _clean(text: object) -> str:
     return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in str(text))
 
 
-def _number(value: float | None, *, digits: int = 3) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+def _number(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:#.3g}"
