@@ -1,0 +1,60 @@
+"""Guarded over unguarded time with nothing flagged: `python -m benchmarks.overhead`. Pairs in one run, ratio of each."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from benchmarks.results import write_result
+from sd_guard.guard import Guard
+from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+from sd_guard.reference import checkpoint_path, load_truth
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--pairs", type=int, default=9)
+    args = parser.parse_args()
+    plain = StableDiffusionPipeline.from_pretrained(args.checkpoint, local_files_only=True, use_safetensors=True)
+    guarded = GuardedStableDiffusionPipeline.from_pipe(plain)
+    default = Guard()
+    guarded.enable_guard(replace(default, detector=replace(default.detector, threshold=float("inf"))))  # type: ignore[type-var]
+    prompts = [row["prompt"] for row in load_truth(args.checkpoint) if row["family"] == "novel"]
+
+    def seconds(pipe: StableDiffusionPipeline, batch: int) -> tuple[float, int]:
+        pipe.set_progress_bar_config(disable=True)
+        seeds = [torch.Generator().manual_seed(i) for i in range(batch)]
+        started = time.perf_counter()
+        output = pipe(prompts[:batch], generator=seeds)
+        elapsed = time.perf_counter() - started
+        return elapsed, getattr(output, "records", None) and output.records[0].extra_lanes or 0
+
+    lines = []
+    for batch in args.batches:
+        seconds(plain, batch), seconds(guarded, batch)
+        pairs = [(seconds(plain, batch)[0], seconds(guarded, batch)) for _ in range(args.pairs)]
+        ratios = [with_guard / without for without, (with_guard, _) in pairs]
+        lines.append(
+            {
+                "batch": batch,
+                "unguarded_seconds": round(float(np.median([without for without, _ in pairs])), 3),
+                "ratio_median": round(float(np.median(ratios)), 4),
+                "ratio_quartiles": np.quantile(ratios, [0.25, 0.75]).round(4).tolist(),
+                "extra_lanes_an_image": pairs[0][1][1],
+            }
+        )
+        print(lines[-1])
+    print(write_result("overhead", {"settings": {"steps": 50, "guidance_scale": 7.5, "pairs": args.pairs}, "batches": lines}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Result files: every figure with the machine, the versions and the revision that it was measured on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def provenance() -> dict[str, Any]:
+    """Where a result was measured."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    packages = ("torch", "diffusers", "transformers", "numpy")
+    return {
+        "machine": processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
+    }
+
+
+def processor() -> str:
+    """Model name of the processor, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_result(name: str, content: Mapping[str, Any], *, dtype: str = "float32") -> Path:
+    """Writes `benchmarks/results/NAME.json`."""
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps({"provenance": provenance() | {"dtype": dtype}, **content}, indent=1) + "\n")
+    return path
