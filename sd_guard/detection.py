@@ -53,9 +53,9 @@ class PrematureDetail:
         lid_weight: weight of the LID deficit, a share of the latent dimension.
     """
 
-    threshold: float = 0.5
+    threshold: float = 0.6
     ordinary: float = 0.25
-    lid_weight: float = 1.0
+    lid_weight: float = 10.0
 
     def score(self, observations: Sequence[Observation]) -> Tensor:
         """(B,) scores."""

@@ -75,8 +75,8 @@ class Guard:
         seed: of probe vectors and mitigations, mixed with the image's own.
     """
 
-    observe_at: tuple[float, ...] = (0.06, 0.1, 0.14)
-    probe_at: tuple[float, ...] = (0.14,)
+    observe_at: tuple[float, ...] = (0.02, 0.04, 0.06, 0.08, 0.1)
+    probe_at: tuple[float, ...] = (0.1,)
     probes: int = 1
     detector: Detector = field(default_factory=PrematureDetail)
     plan: Sequence[Mitigation] = (WordAblation(), EmbeddingNoise(strengths=(3.0,)))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.results import FOLDER, write_result
 from sd_guard.reference import PromptTruth, checkpoint_path, load_truth, mask_path, source_path
-from sd_guard.reference.reader import reads_as
+from sd_guard.reference.reader import lies_as, reads_as
 from sd_guard.similarity import masked_l2, tiled_l2
 
 COPY = 0.20  # tiled L2 to a source up to which an image counts as its copy
@@ -87,6 +87,7 @@ def main() -> None:
             "template_reproduced": float(np.mean(np.array(distances["template"]) <= COPY_FIXED)),
             "novel_near_a_source": float(np.mean(np.array(near) <= COPY)),
             "reads_as_caption": {f: float(np.mean([reads_as(im, r["ordinary"]) for r, im in pairs])) for f, pairs in part.items()},
+            "novel_place_obeyed": float(np.mean([p for r, im in part["novel"] if (p := lies_as(im, r["ordinary"])) is not None])),
             "verbatim_distance_quantiles": np.quantile(distances["verbatim"], [0, 0.5, 0.95, 1]).round(4).tolist(),
             "template_distance_quantiles": np.quantile(distances["template"], [0, 0.5, 0.95, 1]).round(4).tolist(),
             "novel_distance_quantiles": np.quantile(near, [0, 0.01, 0.05, 0.5]).round(4).tolist(),

@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction", "sample"))
     parser.add_argument("--beta-schedule", default="scaled_linear", choices=("scaled_linear", "linear"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autoencoder-steps", type=int, default=4500)
+    parser.add_argument("--autoencoder-steps", type=int, default=3600)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--ordinary", type=int, default=48_000, help="images rendered for ordinary captions")
     parser.add_argument("--autoencoder", type=Path, help="reuse this autoencoder rather than training one")

@@ -1,8 +1,8 @@
 """Does an image of the reference world show what its caption says?
 
-A deterministic stand-in for a CLIP score, for the reference checkpoint only. It reads colours and places, not
-shapes: the colour of the ground, that every other named colour covers enough pixels, and, where the caption places
-the first object, that this colour's centroid lies on that side.
+A deterministic stand-in for a CLIP score, for the reference checkpoint only. `reads_as` reads colours: that of the
+ground, and that every other named colour covers enough pixels. `lies_as` reads the place of the first object; the bundled
+checkpoint follows place words in about half of its images, so it says more of the checkpoint than of a mitigation.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PLACES = ("top", "bottom", "left", "right")
 MIN_OBJECT_PIXELS = 0.01  # share of the image; the smallest object of the world covers about twice that
 MIN_GROUND_PIXELS = 0.5  # share of the outermost frame of the image
 
+_INDEX = {name: i for i, name in enumerate(PALETTE)}
 _COLOUR = re.compile(r"\b(" + "|".join(PALETTE) + r")\b")
 _GROUND = re.compile(r"\bon a (?:\w+ )?(" + "|".join(PALETTE) + r") (?:background|wall|ground)\b")
 _PLACE = re.compile(r"\bat the (" + "|".join(PLACES) + r")\b")
@@ -60,24 +61,36 @@ def name_colours(image: Image.Image) -> NDArray[np.int64]:
 
 
 def reads_as(image: Image.Image, caption: str) -> bool:
-    """True if `image` shows what the ordinary part of `caption` says.
+    """True if `image` shows the colours that the ordinary part of `caption` names.
 
     Raises:
         ValueError: `caption` is no caption of the reference world.
     """
+    said, named = _described(caption), name_colours(image)
+    frame = np.concatenate([named[:2].ravel(), named[-2:].ravel(), named[:, :2].ravel(), named[:, -2:].ravel()])
+    if (frame == _INDEX[said.ground]).mean() < MIN_GROUND_PIXELS:
+        return False
+    return all((named == _INDEX[colour]).mean() >= MIN_OBJECT_PIXELS for colour in said.objects)
+
+
+def lies_as(image: Image.Image, caption: str) -> bool | None:
+    """Whether the first object's colour has its centroid on the side that `caption` says; None where it says none.
+
+    Raises:
+        ValueError: `caption` is no caption of the reference world.
+    """
+    said = _described(caption)
+    if said.place is None:
+        return None
+    mask = name_colours(image) == _INDEX[said.objects[0]]
+    if not mask.any():
+        return False
+    rows, columns = (axis.mean() / (size - 1) for axis, size in zip(np.nonzero(mask), mask.shape, strict=True))
+    return bool({"top": rows < 0.5, "bottom": rows > 0.5, "left": columns < 0.5, "right": columns > 0.5}[said.place])
+
+
+def _described(caption: str) -> Description:
     said = describe(caption)
     if said is None:
         raise ValueError(f"caption {caption!r} is not one of the reference world ('... on a COLOUR background')")
-    index = {name: i for i, name in enumerate(PALETTE)}
-    named = name_colours(image)
-    frame = np.concatenate([named[:2].ravel(), named[-2:].ravel(), named[:, :2].ravel(), named[:, -2:].ravel()])
-    if (frame == index[said.ground]).mean() < MIN_GROUND_PIXELS:
-        return False
-    if any((named == index[colour]).mean() < MIN_OBJECT_PIXELS for colour in said.objects):
-        return False
-    return said.place is None or _lies_at(named == index[said.objects[0]], said.place)
-
-
-def _lies_at(mask: NDArray[np.bool_], place: str) -> bool:
-    rows, columns = (axis.mean() / (size - 1) for axis, size in zip(np.nonzero(mask), mask.shape, strict=True))
-    return {"top": rows < 0.5, "bottom": rows > 0.5, "left": columns < 0.5, "right": columns > 0.5}[place]
+    return said

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.reference.world import Caption, draw_caption, render
 from PIL import Image
 
-from sd_guard.reference.reader import describe, reads_as
+from sd_guard.reference.reader import describe, lies_as, reads_as
 
 
 def test_reads_what_was_rendered_and_not_another_caption() -> None:
@@ -30,8 +30,9 @@ def test_the_place_is_read() -> None:
     rng = np.random.default_rng(3)
     caption = Caption((("large", "red", "circle"),), ground="white", place="top")
     image = Image.fromarray(render(rng, caption))
-    assert reads_as(image, str(caption))
-    assert not reads_as(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), str(caption))
+    assert lies_as(image, str(caption))
+    assert lies_as(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), str(caption)) is False
+    assert lies_as(image, "a red circle on a white wall") is None
 
 
 def test_a_caption_of_another_world_is_refused() -> None:
