@@ -70,12 +70,16 @@ class Calibration:
             content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             fingerprint = Fingerprint(**content.pop("fingerprint"))
             thresholds = {int(step): float(value) for step, value in content.pop("thresholds").items()}
+            if not thresholds:
+                raise ValueError("no thresholds")
             shares = {name: tuple(content.pop(name)) for name in ("observe_at", "probe_at")}
             return cls(fingerprint=fingerprint, thresholds=thresholds, **shares, **content)
         except OSError as error:
             raise ValueError(f"calibration {str(path)!r} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"calibration {str(path)!r} is not a calibration file: make one with Calibrator") from error
+            raise ValueError(
+                f"calibration {str(path)!r} is not a calibration file: make one with Calibrator"
+            ) from error
 
 
 @dataclass(slots=True)
@@ -122,12 +126,20 @@ class Calibrator:
             ValueError: too few images for the rate.
         """
         images = len(next(iter(self.scores.values()), []))
-        thresholds = {step: conformal_threshold(scores, self.false_positive_rate) for step, scores in self.scores.items()}
+        thresholds = {
+            step: conformal_threshold(scores, self.false_positive_rate) for step, scores in self.scores.items()
+        }
         if not thresholds:
             raise ValueError("no benign images were given: update the calibrator with records first")
         guard = self.guard
         return Calibration(
-            self.fingerprint, self.false_positive_rate, images, guard.observe_at, guard.probe_at, guard.probes, thresholds
+            self.fingerprint,
+            self.false_positive_rate,
+            images,
+            guard.observe_at,
+            guard.probe_at,
+            guard.probes,
+            thresholds,
         )
 
 

@@ -1,7 +1,8 @@
 """What one sampling step shows of its images: the statistics of a UNet call that the sampler made anyway, and probes.
 
 A step's conditional lane is compared with its *control*: the same latent without a prompt. Under classifier-free
-guidance with an empty negative prompt the sampler evaluates the control itself; otherwise the guard does, and counts it.
+guidance with an empty negative prompt the sampler evaluates the control itself; otherwise the guard does, and counts
+it.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def observe(
 def _probe(
     call: StepCall, unet: Unet, prediction_type: PredictionType, base: Tensor, seeds: Sequence[int], probe: int
 ) -> Tensor:
-    """(2B,) trace estimates from one vector an image, shared by its two lanes: a call of the guided call's own shape."""
+    """(2B,) trace estimates from one vector an image, shared by its two lanes: a call of the guided call's shape."""
     v = draw_row_probes(seeds, call.x.shape[1:], call.step, call.x.device, probe)
     moved = perturb(call.x, v, FiniteDifference().step_for(call.x.dtype))
     point = torch.cat([moved.point] * 2)

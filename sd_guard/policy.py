@@ -39,7 +39,7 @@ class Policy:
 
     Attributes:
         budget: extra lane evaluations that one image may cost, detection included; None allows as many as the image
-            itself costs.
+            itself costs. Detection is always paid: where it alone costs as much, a flagged image gets no attempt.
         max_attempts: resumed trajectories an image.
         on_failure: an image that no attempt rescued is made `blank`, kept as it would have been without the guard
             (`keep`), or raised as an error when the call is over (`raise`).

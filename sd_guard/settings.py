@@ -36,7 +36,8 @@ def guard_from_json(text: str) -> Guard:
         content["detector"] = _build(content["detector"], DETECTORS)
         content["plan"] = tuple(_build(item, MITIGATIONS) for item in content["plan"])
         content["policy"] = Policy(**content["policy"])
-        return Guard(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
+        options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        return Guard(**options)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"guard.json does not hold guard settings ({error}): delete it for the default") from error
 

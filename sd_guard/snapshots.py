@@ -1,7 +1,8 @@
 """Copies of a sampler's state, whole or for some images: what a resumed trajectory starts from.
 
 A multistep scheduler remembers earlier model outputs, and resetting its step index alone would resume a different
-trajectory. So a snapshot is every attribute: lists copied, tensors kept (schedulers replace them, never write to them).
+trajectory. So a snapshot is every attribute: lists and per-image tensors copied, tables and the tensors in lists kept
+(schedulers replace those, and never write to them).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 
 def copy_scheduler(scheduler: Any) -> Any:
-    """An independent scheduler at the same point of the same schedule; configuration and tensors are shared."""
+    """An independent scheduler at the same point of the same schedule; configuration and tables are shared."""
     twin = copy.copy(scheduler)
     for name, value in vars(twin).items():
         if isinstance(value, (list, dict)) and name != "_internal_dict":
             vars(twin)[name] = copy.copy(value)
+        elif isinstance(value, Tensor) and value.ndim > 1:  # PNDM's Runge-Kutta steps add to theirs in place
+            vars(twin)[name] = value.clone()
     return twin
 
 
@@ -89,5 +92,3 @@ def _fork(generator: torch.Generator, state: Tensor) -> torch.Generator:
     twin = torch.Generator(device=generator.device)
     twin.set_state(state)
     return twin
-
-

@@ -10,9 +10,10 @@ from sd_guard.mitigation.base import Change, Subject
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DelayedGuidance:
-    """No prompt until a transition point, the prompt with full guidance from there on (Jain et al. 2024, arXiv 2411.16738).
+    """No prompt until a transition point, the prompt with full guidance from there on.
 
-    Until the transition the image's conditional lane gets the empty prompt, so that guidance has nothing to add.
+    After Jain et al. (2024, arXiv 2411.16738). Until the transition the image's conditional lane gets the empty prompt,
+    so that guidance has nothing to add.
 
     Attributes:
         until: shares of the steps, tried in order.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sd_guard.detection import verdict_of
 from sd_guard.guard import Guard
-from sd_guard.lanes import Conditioning, evaluate_lanes
+from sd_guard.lanes import evaluate_lanes
 from sd_guard.mitigation import Change, Subject
 from sd_guard.noise import interpret, read_level
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
-from sd_guard.pipelines.replay import Resumed, Start, Watch, replay_cost, resume
+from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
 from sd_guard.policy import Attempt, Case
 from sd_guard.statistics.sharpness import detail
 
@@ -49,7 +49,7 @@ class Escalation:
         inputs: of the call.
         start: of all B images.
         watch: of all B images.
-        lanes: the host's conditioning.
+        walk: of all B images.
         empty_embeds: (tokens, width).
         cases: of all B images.
         observation_lanes: extra lanes an image that one watched trajectory costs.
@@ -60,7 +60,7 @@ class Escalation:
     inputs: CallInputs
     start: Start
     watch: Watch
-    lanes: Conditioning
+    walk: Walk
     empty_embeds: Tensor
     cases: Sequence[Case]
     observation_lanes: int
@@ -68,7 +68,7 @@ class Escalation:
     @property
     def cost(self) -> int:
         """Lanes an image of one attempt."""
-        return replay_cost(self.watch.steps[-1] + 1, self.inputs.guided, self.observation_lanes)
+        return self.walk.cost(self.observation_lanes)
 
     def run(self) -> list[Rescue]:
         """Tries the plan on every flagged image until it passes or nothing is left to try or to spend."""
@@ -98,7 +98,7 @@ class Escalation:
             self.start,
             self.watch,
             rows,
-            self.lanes,
+            self.walk,
             list(changes.values()),
             self.empty_embeds,
         )
@@ -114,12 +114,11 @@ class Escalation:
         return rescued
 
     def _propose(self, row: int) -> Iterator[Change]:
-        case, images = self.cases[row], len(self.cases)
-        lane = row + images if self.inputs.guided else row
+        case, lane = self.cases[row], self.walk.count - len(self.cases) + row
         search = _FreshNoise(self, row, lane)
         subject = Subject(
             prompt=self.inputs.prompts[row] if self.inputs.prompts is not None else None,
-            prompt_embeds=self.lanes.prompt_embeds[lane],
+            prompt_embeds=self.walk.lanes.prompt_embeds[lane],
             empty_embeds=self.empty_embeds,
             seed=self.watch.seeds[row] % 2**63,
             ordinary=self.guard.detector.ordinary,
@@ -158,7 +157,7 @@ class _FreshNoise:
         logs: list[Tensor] = []
         for part in embeds.split(size):
             one = torch.full((len(part),), self.lane, device=latents.device)
-            lanes = this.lanes.select(one).with_prompt(part.to(this.lanes.prompt_embeds))
+            lanes = this.walk.lanes.select(one).with_prompt(part.to(this.walk.lanes.prompt_embeds))
             points = x.expand(len(part), -1, -1, -1)
             output = evaluate_lanes(this.pipe.unet, points, timestep, lanes)
             logs.append(detail(interpret(output, points, level, prediction_type(this.pipe)).x0_hat).log())

@@ -35,6 +35,28 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Walk:
+    """How the host's loop went from the first step to the deciding one.
+
+    Attributes:
+        lanes: its conditioning: 2B lanes, negative prompt first, if any step was guided; else B.
+        scales: guidance scale of each step; None where a step was made without guidance.
+    """
+
+    lanes: Conditioning
+    scales: Sequence[float | None]
+
+    @property
+    def count(self) -> int:
+        """Of lanes."""
+        return self.lanes.prompt_embeds.shape[0]
+
+    def cost(self, observation_lanes: int) -> int:
+        """Lanes that going the same way again costs an image."""
+        return sum(1 if scale is None else 2 for scale in self.scales) + observation_lanes
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
     """Where a trajectory is observed: steps, those of them that are probed, vectors a probed step, and probe seeds."""
 
@@ -68,11 +90,13 @@ def resume(
     start: Start,
     watch: Watch,
     rows: list[int],
-    lanes: Conditioning,
+    walk: Walk,
     changes: Sequence[Change],
     empty_embeds: Tensor,
 ) -> Resumed:
-    """Samples F images again, from the first step to the last observed one, as the host's loop would.
+    """Samples F images again, from the first step to the last observed one, as the host's loop did.
+
+    The caller's step callback is not called again: what it did to the latents is not repeated.
 
     Args:
         pipe: the pipeline.
@@ -80,62 +104,61 @@ def resume(
         start: of all B images.
         watch: of all B images.
         rows: the F images.
-        lanes: the host's conditioning, 2B lanes with guidance (negative prompt first) or B without.
+        walk: of all B images.
         changes: one an image.
         empty_embeds: (tokens, width) embedding of no prompt.
     """
-    images, index = start.latents.shape[0], torch.tensor(rows, device=start.latents.device)
+    images, count, index = start.latents.shape[0], len(rows), torch.tensor(rows, device=start.latents.device)
     watch = watch.select(rows)
     scheduler, latents = select_images(start.scheduler, index, start.latents), start.latents[index]
     generator = fork_generators(inputs.generator, start.states, rows, inputs.seed)
     step_arguments = pipe.prepare_extra_step_kwargs(generator, inputs.eta)
-    own = lanes.select(torch.cat([index, index + images]) if inputs.guided else index)
+    own = walk.lanes.select(torch.cat([index + first for first in range(0, walk.count, images)]))
     seen: list[Observation] = []
-    for step in range(watch.steps[-1] + 1):
+    for step, scale in enumerate(walk.scales):
         timestep = scheduler.timesteps[step]
         changed = _changed_embeds(changes, step / len(scheduler.timesteps), empty_embeds).to(own.prompt_embeds)
-        now = own.with_prompt(torch.cat([own.prompt_embeds[: -len(rows)], changed]))
-        x = scheduler.scale_model_input(torch.cat([latents] * 2) if inputs.guided else latents, timestep)
+        now = own.with_prompt(torch.cat([own.prompt_embeds[:-count], changed]))
+        if scale is None:
+            now = now.select(torch.arange(count, device=index.device) - count)
+        x = scheduler.scale_model_input(latents if scale is None else torch.cat([latents] * 2), timestep)
         level = read_level(scheduler, timestep) if step in watch.steps else None
         output = evaluate_lanes(pipe.unet, x, timestep, now)
-        negative, conditional = output.chunk(2) if inputs.guided else (None, output)
+        negative, conditional = (None, output) if scale is None else output.chunk(2)
         if level is not None:
             control = negative if inputs.control_is_empty else None
-            call = StepCall(
-                step, timestep, level, x[: len(rows)], conditional, control, control_lanes(inputs, now, len(rows), empty_embeds)
-            )
+            seen_with = now if control is not None else control_lanes(now, count, empty_embeds)
+            call = StepCall(step, timestep, level, x[:count], conditional, control, seen_with)
             probes = watch.probes_at(step)
             seen.append(observe(call, pipe.unet, prediction_type(pipe), probes=probes, seeds=watch.seeds))
-        noise = guide(conditional, negative, inputs)
+        if scale is None or negative is None:
+            noise = conditional
+        else:
+            noise = guide(conditional, negative, scale, inputs.guidance_rescale)
         latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
     return Resumed(latents, scheduler, seen)
 
 
-def guide(conditional: Tensor, negative: Tensor | None, inputs: CallInputs) -> Tensor:
-    """Classifier-free guidance as the host computes it; without guidance, the conditional output."""
-    if negative is None:
-        return conditional
-    noise = negative + inputs.guidance_scale * (conditional - negative)
-    if inputs.guidance_rescale > 0:
-        noise = rescale_noise_cfg(noise, conditional, guidance_rescale=inputs.guidance_rescale)
+def guide(conditional: Tensor, negative: Tensor, scale: float, rescale: float) -> Tensor:
+    """Classifier-free guidance as the host computes it."""
+    noise = negative + scale * (conditional - negative)
+    if rescale > 0:
+        noise = rescale_noise_cfg(noise, conditional, guidance_rescale=rescale)
     return noise
 
 
-def control_lanes(inputs: CallInputs, lanes: Conditioning, images: int, empty_embeds: Tensor | None) -> Conditioning:
-    """Lanes that a step is observed with: 2B rows, without a prompt first. `lanes` are the host's."""
-    if inputs.guided and inputs.control_is_empty:
-        return lanes
-    if empty_embeds is None:
-        raise ValueError("the control of an unguided call, or one with a negative prompt, needs the empty embedding")
-    if not inputs.guided:
-        lanes = lanes.select(torch.arange(images, device=lanes.prompt_embeds.device).repeat(2))
-    empty = empty_embeds.to(lanes.prompt_embeds)[None].expand(images, -1, -1)
-    return lanes.with_prompt(torch.cat([empty, lanes.prompt_embeds[-images:]]))
+def control_lanes(lanes: Conditioning, images: int, empty_embeds: Tensor) -> Conditioning:
+    """Lanes to observe a step with whose own have no control: 2B rows, those of the empty prompt first.
 
-
-def replay_cost(steps: int, guided: bool, observation_lanes: int) -> int:
-    """Lanes that one image's resumed trajectory of `steps` steps costs."""
-    return steps * (2 if guided else 1) + observation_lanes
+    Args:
+        lanes: the host's, 2B rows whose other prompt is not empty, or B rows without guidance.
+        images: B.
+        empty_embeds: (tokens, width).
+    """
+    prompts = lanes.prompt_embeds[-images:]
+    if lanes.prompt_embeds.shape[0] == images:
+        lanes = lanes.select(torch.arange(images, device=prompts.device).repeat(2))
+    return lanes.with_prompt(torch.cat([empty_embeds.to(prompts)[None].expand(images, -1, -1), prompts]))
 
 
 def is_delayed(change: Change, share: float) -> bool:

@@ -21,7 +21,7 @@ from sd_guard.noise import NoiseLevel, read_level
 from sd_guard.observation import STATISTICS, Observation, StepCall, observe
 from sd_guard.pipelines.escalation import Escalation, Rescue
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
-from sd_guard.pipelines.replay import Start, Watch, control_lanes, is_delayed
+from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_delayed
 from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
 
@@ -34,6 +34,7 @@ class Session:
     inputs: CallInputs
     start: Start | None = None
     watch: Watch | None = None
+    walk: Walk | None = None  # so far
     level: NoiseLevel | None = None  # of the next step, where that is observed
     empty_embeds: Tensor | None = None
     cases: list[Case] = field(default_factory=list)
@@ -50,28 +51,45 @@ class Session:
 
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """Observes, and at the deciding step resolves; returns the tensors that the host's loop shall go on with."""
-        if self.level is not None and self.watch is not None:
-            lanes = Conditioning(
-                tensors["prompt_embeds"],
-                tensors["timestep_cond"],
-                tensors["added_cond_kwargs"],
-                tensors["cross_attention_kwargs"],
-            )
-            call = self._read_call(step, timestep, tensors, lanes)
-            probes = self.watch.probes_at(step)
-            self.observations.append(
-                observe(call, pipe.unet, prediction_type(pipe), probes=probes, seeds=self.watch.seeds)
-            )
+        if self.start is not None and self.watch is not None:
+            lanes = self._go_on(pipe, tensors)
+            if self.level is not None:
+                call = self._read_call(step, timestep, tensors, lanes, self.level)
+                probes = self.watch.probes_at(step)
+                self.observations.append(
+                    observe(call, pipe.unet, prediction_type(pipe), probes=probes, seeds=self.watch.seeds)
+                )
             if step == self.watch.steps[-1]:
-                tensors = self._decide(pipe, lanes, tensors)
-                self.start = None  # the snapshot has served
+                tensors = self._decide(pipe, tensors)
+                self.start = self.walk = None  # the snapshots have served
         self._read_level(pipe, step + 1)
         return self._write_texts(tensors, (step + 1) / len(pipe.scheduler.timesteps))
 
-    def _decide(self, pipe: Any, lanes: Conditioning, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _go_on(self, pipe: Any, tensors: dict[str, Any]) -> Conditioning:
+        """Remembers how the loop made this step, for a trajectory to be resumed; returns the step's lanes.
+
+        A callback may change the guidance scale in the middle of sampling, or end guidance: then the lanes are fewer.
+        """
+        lanes = Conditioning(
+            tensors["prompt_embeds"],
+            tensors["timestep_cond"],
+            tensors["added_cond_kwargs"],
+            tensors["cross_attention_kwargs"],
+        )
+        guided = tensors["latent_model_input"].shape[0] > tensors["latents"].shape[0]
+        if guided and not self.inputs.guided:
+            raise ValueError("guidance was turned on in the middle of sampling: start with it, or disable_guard()")
+        before = self.walk or Walk(lanes, ())
+        fewer = not guided and before.count > lanes.prompt_embeds.shape[0]
+        scale = pipe.guidance_scale if guided else None
+        self.walk = Walk(before.lanes if fewer else lanes, (*before.scales, scale))
+        return lanes
+
+    def _decide(self, pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Scores all images, the one host synchronisation of an unflagged call, and resolves the flagged ones."""
         assert self.start is not None
         assert self.watch is not None
+        assert self.walk is not None
         detector, policy = self.guard.detector, self.guard.policy
         spent = sum(seen.lanes for seen in self.observations)
         as_much = (2 if self.inputs.guided else 1) * len(pipe.scheduler.timesteps)
@@ -81,7 +99,7 @@ class Session:
         if not any(case.verdict == "flag" for case in self.cases):
             return tensors
         escalation = Escalation(
-            pipe, self.guard, self.inputs, self.start, self.watch, lanes, self._empty(), self.cases, spent
+            pipe, self.guard, self.inputs, self.start, self.watch, self.walk, self._empty(), self.cases, spent
         )
         for rescue in escalation.run():
             tensors = self._accept(pipe, rescue, tensors)
@@ -112,20 +130,21 @@ class Session:
         self.rescued = waiting
         return tensors
 
-    def _read_call(self, step: int, timestep: Tensor, tensors: dict[str, Any], lanes: Conditioning) -> StepCall:
+    def _read_call(
+        self, step: int, timestep: Tensor, tensors: dict[str, Any], lanes: Conditioning, level: NoiseLevel
+    ) -> StepCall:
         """The step's UNet call, as the host's loop made it."""
-        assert self.level is not None
         images = tensors["latents"].shape[0]
-        guided = self.inputs.guided
+        guided = tensors["latent_model_input"].shape[0] > images
         own_control = guided and self.inputs.control_is_empty
         return StepCall(
             step=step,
             timestep=timestep,
-            level=self.level,
+            level=level,
             x=tensors["latent_model_input"][:images],
             conditional=tensors["noise_pred_text" if guided else "noise_pred"],
             control=tensors["noise_pred_uncond"] if own_control else None,
-            lanes=control_lanes(self.inputs, lanes, images, None if own_control else self._empty()),
+            lanes=lanes if own_control else control_lanes(lanes, images, self._empty()),
         )
 
     def _empty(self) -> Tensor:

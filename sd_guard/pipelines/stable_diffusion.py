@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -64,7 +64,11 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
 
     _callback_tensor_inputs = [  # noqa: RUF012 - the host's own attribute
         *StableDiffusionPipeline._callback_tensor_inputs,
-        *(name for name in (*LOOP_TENSORS, *GUIDED_TENSORS) if name not in StableDiffusionPipeline._callback_tensor_inputs),
+        *(
+            name
+            for name in (*LOOP_TENSORS, *GUIDED_TENSORS)
+            if name not in StableDiffusionPipeline._callback_tensor_inputs
+        ),
     ]
     _guard: Guard | None = Guard()
     _calibration: Calibration | None = None
@@ -125,7 +129,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             pipe = cls(**{**shared, **flags, **kwargs})
             pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
             return pipe
-        return super().from_pipe(pipeline, **kwargs)
+        return cast(GuardedStableDiffusionPipeline, super().from_pipe(pipeline, **kwargs))
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Names the host as the folder's class, so that any diffusers loads it; guard settings go to their own file."""
@@ -133,8 +137,11 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         index = Path(save_directory) / self.config_name
         content = json.loads(index.read_text(encoding="utf-8")) | {"_class_name": StableDiffusionPipeline.__name__}
         index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        settings = Path(save_directory) / GUARD_FILE
         if self._guard is not None:
-            (Path(save_directory) / GUARD_FILE).write_text(guard_to_json(self._guard), encoding="utf-8")
+            settings.write_text(guard_to_json(self._guard), encoding="utf-8")
+        else:
+            settings.unlink(missing_ok=True)  # an earlier save's
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Tensor:
         """As of the host; where a guarded call's trajectory begins."""
@@ -148,7 +155,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         """Generates images; see `StableDiffusionPipeline.__call__` for the arguments.
 
         Returns:
-            `GuardedStableDiffusionPipelineOutput`, or with `return_dict=False` the host's tuple of images and NSFW flags.
+            `GuardedStableDiffusionPipelineOutput`, or with `return_dict=False` the host's tuple: images, NSFW flags.
 
         Raises:
             MemorizedGenerationError: an image stayed memorized, and the policy is `raise`.
@@ -164,7 +171,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             self._listen(session, arguments)
         token = _SESSION.set(session)
         try:
-            plain = super().__call__(**arguments, return_dict=True)
+            plain: Any = super().__call__(**arguments, return_dict=True)
         finally:
             _SESSION.reset(token)
         output = GuardedStableDiffusionPipelineOutput(plain.images, plain.nsfw_content_detected)
@@ -183,7 +190,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
                 f"clip_skip={arguments['clip_skip']} does not work with the installed diffusers and transformers: "
                 "leave it out, or install transformers < 5.6"
             )
-        custom = arguments["timesteps"] or arguments["sigmas"]
+        custom = next((arguments[name] for name in ("timesteps", "sigmas") if arguments[name] is not None), None)
         steps = len(custom) if custom is not None else arguments["num_inference_steps"]
         guidance = {name: arguments[name] for name in ("guidance_scale", "guidance_rescale")}
         fingerprint = take_fingerprint(self, steps=steps, **guidance)
@@ -238,15 +245,15 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         """Blanks what was blocked and attaches the records."""
         records = session.records(len(output.images))
         blocked = [row for row, record in enumerate(records) if record.outcome == "blocked"]
-        unscored = sum(record.outcome == "unscored" for record in records)
+        unscored = [record.reason for record in records if record.outcome == "unscored"]
         output.images, output.records = blank_images(output.images, blocked), records
         output["records"] = records
         if unscored:
-            logger.warning("%d of %d images could not be scored: %s.", unscored, len(records), records[-1].reason)
+            logger.warning("%d of %d images could not be scored: %s.", len(unscored), len(records), unscored[0])
         if blocked and session.guard.policy.on_failure == "raise":
             raise MemorizedGenerationError(
-                f"{len(blocked)} of {len(records)} images stayed memorized after mitigation (rows {blocked}); change the "
-                "prompt or the seed, or enable_guard(on_failure='blank')",
+                f"{len(blocked)} of {len(records)} images stayed memorized after mitigation (rows {blocked}); change "
+                "the prompt or the seed, or enable_guard(on_failure='blank')",
                 output,
             )
         if blocked:

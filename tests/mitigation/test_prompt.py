@@ -1,0 +1,180 @@
+"""Mitigations of the text: what they find, in which order, and at what price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sd_guard.mitigation import EmbeddingNoise, Subject, WordAblation
+from sd_guard.mitigation.prompt import split_words
+
+WIDTH = 4
+
+
+class World:
+    """A scorer that knows which words carry a memory; embeddings are numbers of prompts."""
+
+    def __init__(self, suspicion: Callable[[list[str]], float], budget: int = 10_000) -> None:
+        self.suspicion, self.left, self.calls, self.prompts = suspicion, budget, 0, []
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        self.prompts += prompts
+        first = len(self.prompts) - len(prompts)
+        return torch.arange(first, first + len(prompts)).float()[:, None, None].expand(-1, 1, WIDTH)
+
+    def score(self, embeds: Tensor) -> list[float]:
+        self.left -= len(embeds) + (self.calls == 0)  # the control is one lane more, once
+        self.calls += 1
+        return [self.suspicion(self.prompts[int(e[0, 0])].split()) for e in embeds]
+
+    def subject(self, prompt: str | None, seed: int = 0) -> Subject:
+        embeds = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9))
+        empty = torch.zeros(3, WIDTH)
+        return Subject(prompt, embeds, empty, seed, 0.25, self.encode, self.score, lambda: self.left)
+
+
+def planted(*words: str) -> Callable[[list[str]], float]:
+    """1 while any of the words is there."""
+    return lambda prompt: float(bool(set(words) & set(prompt)))
+
+
+words = st.lists(st.sampled_from("abcdefghijk"), min_size=2, max_size=9, unique=True)
+
+
+@given(words, st.data())
+def test_finds_the_planted_word(prompt: list[str], data: st.DataObject) -> None:
+    word = data.draw(st.sampled_from(prompt))
+    world = World(planted(word))
+    first = next(WordAblation().propose(world.subject(" ".join(prompt))))
+    assert first.prompt == " ".join(w for w in prompt if w != word)
+    assert (first.mitigation, first.strength) == ("word_ablation", 1.0)
+    assert world.prompts[int(first.prompt_embeds[0, 0])] == first.prompt
+
+
+def test_finds_a_phrase_each_word_of_which_carries_the_memory() -> None:
+    """No shorter span helps, and nothing else is removed."""
+    world = World(planted("by", "zyx", "qwv"))
+    first = next(WordAblation().propose(world.subject("a red house by zyx qwv at night")))
+    assert (first.prompt, first.strength) == ("a red house at night", 3.0)
+
+
+def test_shortest_span_first() -> None:
+    world = World(planted("b"))
+    changes = list(WordAblation(max_words=3, suspects=1).propose(world.subject("a b c d")))
+    assert [change.strength for change in changes] == [1.0, 2.0, 2.0, 3.0, 3.0]
+    assert changes[0].prompt == "a c d"
+    assert not any("b" in change.prompt.split() for change in changes)
+
+
+def test_of_one_length_the_words_that_stood_out_most_go_first() -> None:
+    """Without b or without c the prompt is ordinary; c alone is the more suspicious."""
+    world = World(lambda prompt: {("b",): 0.8, ("c",): 0.9}.get(tuple(prompt), float({"b", "c"} <= set(prompt))))
+    changes = list(WordAblation(max_words=1, suspects=2).propose(world.subject("a b c d")))
+    assert [change.prompt for change in changes] == ["a b d", "a c d"]
+
+
+def test_doubtful_ones_come_last_the_least_suspicious_first() -> None:
+    """Two words far apart carry it: nothing helps, and what helps most is tried first all the same."""
+    weights = {"a": 1.0, "f": 2.0}
+    world = World(lambda prompt: sum(weights.get(word, 0.0) for word in prompt))
+    changes = list(WordAblation(max_words=1, suspects=2).propose(world.subject("a b c d e f")))
+    assert [change.prompt for change in changes] == ["a b c d e", "b c d e f"]
+    world = World(lambda prompt: 0.0 if prompt == ["a"] else 0.5 + 0.1 * len(prompt))
+    changes = list(WordAblation(max_words=2).propose(world.subject("a b c")))
+    assert changes[0].prompt == "a"
+    assert [len(change.prompt.split()) for change in changes[1:]] == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("prompt", [None, "", " ", "one"])
+def test_nothing_to_leave_out(prompt: str | None) -> None:
+    world = World(planted("one"))
+    assert list(WordAblation().propose(world.subject(prompt))) == []
+    assert world.calls == 0
+
+
+@pytest.mark.parametrize("count", [25, 77, 500])
+def test_long_prompts_are_bounded_in_lanes(count: int) -> None:
+    prompt = [f"w{i}" for i in range(count)]
+    world = World(planted(prompt[count // 2]))
+    changes = list(WordAblation().propose(world.subject(" ".join(prompt))))
+    left = changes[0].prompt.split()
+    assert prompt[count // 2] not in left
+    assert len(left) >= count - -(-count // 24)
+    assert changes[0].strength == count - len(left)
+    assert 10_000 - world.left <= 1 + 24 + 3 * (1 + 2 + 3)
+
+
+@given(st.integers(0, 60), words)
+def test_the_budget_is_kept(budget: int, prompt: list[str]) -> None:
+    """Lanes are asked for before they are spent, the control's included."""
+    world = World(lambda rest: 1.0, budget)
+    list(WordAblation().propose(world.subject(" ".join(prompt))))
+    assert world.left >= 0
+    assert bool(world.calls) == (budget > len(prompt))
+
+
+def test_lanes_are_spent_only_as_they_are_asked_for() -> None:
+    world = World(planted("b"))
+    proposals = WordAblation().propose(world.subject("a b c d"))
+    assert world.calls == 0
+    assert next(proposals).prompt == "a c d"
+    assert world.calls == 2
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=3), max_size=100))
+def test_pieces_hold_every_word(prompt: list[str]) -> None:
+    pieces = split_words(" ".join(prompt))
+    assert " ".join(pieces).split() == prompt
+    assert len(pieces) <= 24
+
+
+def test_embedding_noise_depends_on_the_seed_only() -> None:
+    world = World(planted("a"))
+    noise = EmbeddingNoise(strengths=(1.0, 2.0))
+    first = list(noise.propose(world.subject("a b", seed=3)))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    again = list(noise.propose(world.subject("something else", seed=3)))
+    assert torch.equal(torch.get_rng_state(), state)
+    other = list(noise.propose(world.subject("a b", seed=4)))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a.prompt_embeds, b.prompt_embeds)
+        assert not torch.equal(a.prompt_embeds, c.prompt_embeds)
+    assert world.calls == 0
+    assert [change.prompt for change in first] == [None, None]
+
+
+@given(st.floats(0.1, 10.0), st.floats(0.01, 100.0))
+def test_embedding_noise_has_the_strength_it_says(strength: float, scale: float) -> None:
+    """In units of the embedding's own deviation, whatever that is."""
+    embeds = scale * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    subject = World(planted()).subject("a")
+    subject = Subject(
+        "a", embeds, embeds * 0, 1, subject.ordinary, subject.encode, subject.score_embeds, subject.lanes_left
+    )
+    (change,) = EmbeddingNoise(strengths=(strength,)).propose(subject)
+    moved = (change.prompt_embeds - embeds).std() / embeds.std()
+    assert float(moved) == pytest.approx(strength, rel=0.05)
+    assert change.strength == strength
+
+
+def test_embedding_noise_keeps_the_dtype() -> None:
+    subject = World(planted()).subject("a")
+    half = Subject(
+        "a",
+        subject.prompt_embeds.bfloat16(),
+        subject.empty_embeds,
+        1,
+        0.25,
+        subject.encode,
+        subject.score_embeds,
+        subject.lanes_left,
+    )
+    (change,) = EmbeddingNoise(strengths=(1.0,)).propose(half)
+    assert change.prompt_embeds.dtype == torch.bfloat16
+    assert torch.isfinite(change.prompt_embeds).all()

@@ -1,0 +1,206 @@
+"""One guarded call: what it scores, what it cannot score, and what it pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from tiny import CountLanes, build, seeded, watching
+
+from sd_guard.mitigation import DelayedGuidance
+from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+
+STEPS = 6
+PROMPTS = ["a dog on the moon", "blue"]
+
+
+def call(pipe: Any, prompts: Any = None, **arguments: Any) -> Any:
+    arguments = {"generator": seeded(1, 2), "num_inference_steps": STEPS, "output_type": "latent"} | arguments
+    return pipe(PROMPTS if prompts is None else prompts, **arguments)
+
+
+def values(record: Any) -> dict[tuple[int, str], float]:
+    return {(value.step, value.name): value.value for value in record.statistics}
+
+
+def test_record(guarded: Any) -> None:
+    pipe = guarded(watching())
+    output = call(pipe)
+    for row, record in enumerate(output.records):
+        assert (record.verdict, record.outcome, record.reason) == ("pass", "passed", None)
+        assert (record.decided_at_step, record.dimension, record.extra_lanes) == (3, 256, 2)
+        assert record.seed == row + 1
+        assert record.attempts == ()
+        assert {(v.step, v.name, v.point, v.lane) for v in record.statistics} >= {
+            (1, "log_detail_ratio", "noisy", "conditional/control"),
+            (3, "trajectory_lid", "noisy", "conditional"),
+            (3, "trajectory_lid_control", "noisy", "control"),
+        }
+        assert not any(value.step == 1 and "lid" in value.name for value in record.statistics)
+        assert all(math.isfinite(value.value) for value in record.statistics)
+    assert call(pipe, generator=None).records[0].seed is None
+    assert [r.seed for r in call(pipe, generator=torch.Generator().manual_seed(8)).records] == [8, 8]
+
+
+def test_probes_do_not_depend_on_batchmates(guarded: Any) -> None:
+    """An image with its own generator is scored alike alone, in company, and at another place of the batch."""
+    pipe = guarded(watching())
+    together = call(pipe)
+    for row in range(2):
+        alone = call(pipe, PROMPTS[row], generator=seeded(row + 1))
+        for key, value in values(alone.records[0]).items():
+            assert value == pytest.approx(values(together.records[row])[key], rel=2e-3, abs=2e-3), key
+    swapped = call(pipe, PROMPTS[::-1], generator=seeded(2, 1))
+    assert swapped.records[0].score == pytest.approx(together.records[1].score, abs=1e-4)
+
+
+@pytest.mark.parametrize("given", ["text", "embeddings"])
+def test_a_negative_prompt_buys_no_pass(guarded: Any, given: str) -> None:
+    """The prompt as its own negative prompt: guidance has no effect, and the score stays that of the empty control."""
+    pipe = guarded(watching(observe_at=(0.0,), probe_at=(0.0,)))
+    expected = call(pipe)
+    if given == "text":
+        output = call(pipe, negative_prompt=PROMPTS)
+    else:
+        embeds = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        output = call(pipe, negative_prompt_embeds=embeds)
+    for with_negative, without in zip(output.records, expected.records, strict=True):
+        assert abs(without.score) > 1e-3
+        assert with_negative.score == pytest.approx(without.score, abs=1e-5)
+        for key, value in values(without).items():  # whatever a detector makes of them
+            assert values(with_negative)[key] == pytest.approx(value, rel=1e-3, abs=0.02), key
+        assert with_negative.extra_lanes == without.extra_lanes + 1  # the control is the guard's to pay
+
+
+@pytest.mark.parametrize("call_arguments", [{}, {"guidance_scale": 1.0}, {"negative_prompt": ["a cat", ""]}])
+def test_control_lane_is_evaluated_and_counted(guarded: Any, call_arguments: dict[str, Any]) -> None:
+    pipe = guarded(watching(observe_at=(0.0, 0.2, 0.5), probe_at=(0.2, 0.5), probes=2))
+    with CountLanes(pipe.unet) as count:
+        output = call(pipe, **call_arguments)
+    own = STEPS * (1 if call_arguments.get("guidance_scale") else 2)
+    assert count.rows == 2 * own + sum(record.extra_lanes for record in output.records)
+    assert [record.extra_lanes for record in output.records] == [8 + (3 if call_arguments else 0)] * 2
+    first = call(guarded(watching(observe_at=(0.0,), probe_at=(0.0,))))
+    for record, expected in zip(output.records, first.records, strict=True):
+        for name in ("detail", "log_detail_ratio", "cfg_norm"):  # before the first step all calls are at one latent
+            assert values(record)[0, name] == pytest.approx(values(expected)[0, name], rel=1e-4, abs=1e-5)
+
+
+def test_a_probe_has_the_shape_of_the_guided_call(guarded: Any) -> None:
+    pipe = guarded(watching())
+    with CountLanes(pipe.unet) as count:
+        call(pipe)
+    assert set(count.shapes) == {(4, 4, 8, 8)}
+    assert len(count.shapes) == STEPS + 1
+
+
+@contextmanager
+def broken(unet: torch.nn.Module, images: int, row: int, value: float) -> Iterator[None]:
+    """Makes the UNet return `value` for one image, in every call of the whole batch."""
+
+    def spoil(_module: Any, _inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        sample = output[0].clone()
+        if sample.shape[0] % images == 0:
+            sample[row::images] = value
+        return (sample,)
+
+    hook = unet.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 1])
+def test_what_is_not_finite_is_unscored(guarded: Any, row: int, value: float, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = guarded(watching())
+    expected = call(pipe)
+    with broken(pipe.unet, 2, row, value), caplog.at_level("WARNING"):
+        from diffusers.utils import logging
+
+        logging.enable_propagation()
+        try:
+            output = call(pipe)
+        finally:
+            logging.disable_propagation()
+    bad, good = output.records[row], output.records[1 - row]
+    assert (bad.verdict, bad.outcome) == ("unscored", "unscored")
+    assert bad.reason == "the UNet's output was not finite"
+    assert bad.decided_at_step is None
+    assert math.isnan(bad.score)
+    assert good == expected.records[1 - row]
+    assert torch.equal(output.images[1 - row], expected.images[1 - row])
+    logged = caplog.text + str(bad.reason)
+    assert "None" not in logged
+
+
+def test_an_unscored_neighbour_of_a_flagged_image(guarded: Any) -> None:
+    pipe = guarded(watching())
+    threshold = call(pipe).records[0].score / 2
+    pipe.enable_guard(watching(threshold))
+    with broken(pipe.unet, 2, 1, math.nan):
+        output = call(pipe)
+    assert [record.outcome for record in output.records][1] == "unscored"
+    assert output.records[0].verdict == "flag"
+    assert torch.isfinite(output.images[0]).all()
+
+
+def test_interrupted(guarded: Any, plain: Any) -> None:
+    """Ended before the deciding step: unscored, with the reason; after it, the verdict stands."""
+
+    def stop_at(last: int) -> Any:
+        def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = step >= last
+            return {}
+
+        return stop
+
+    early = call(guarded(watching()), callback_on_step_end=stop_at(0))
+    assert [record.outcome for record in early.records] == ["unscored"] * 2
+    assert {record.reason for record in early.records} == {"sampling ended before the deciding step"}
+    assert torch.equal(early.images, call(plain(), callback_on_step_end=stop_at(0)).images)
+    late = call(guarded(watching()), callback_on_step_end=stop_at(3))
+    assert [record.outcome for record in late.records] == ["passed"] * 2
+
+
+@pytest.mark.parametrize("until", [0.25, 0.75])
+def test_delayed_guidance_goes_on_in_the_hosts_loop(plain: Any, guarded: Any, until: float) -> None:
+    """A delay that outlasts the deciding step is kept up by the host's loop, and ends where it should."""
+    mitigation = DelayedGuidance(until=(until,))
+    pipe = guarded(watching())
+    (passed,) = call(pipe, "a dog", generator=seeded(1)).records
+    # A short delay leaves a score of its own: anything below the flagged score but above that one rescues.
+    pipe.enable_guard(watching(-math.inf, (mitigation,)))
+    (tried,) = call(pipe, "a dog", generator=seeded(1)).records
+    threshold = (passed.score + tried.attempts[0].score) / 2
+    assert tried.attempts[0].score < threshold < passed.score
+    pipe.enable_guard(watching(threshold, (mitigation,)))
+    output = call(pipe, "a dog", generator=seeded(1))
+    assert output.records[0].outcome == "rescued"
+
+    host = plain()
+    embeds = [host.encode_prompt([text], "cpu", 1, True)[i] for text, i in (("", 0), ("a dog", 0))]
+
+    def switch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        share = (step + 1) / STEPS
+        return {"prompt_embeds": torch.cat([embeds[0], embeds[0] if share < until else embeds[1]])}
+
+    expected = host(
+        "", generator=seeded(1), num_inference_steps=STEPS, output_type="latent", callback_on_step_end=switch
+    )
+    torch.testing.assert_close(output.images, expected.images, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_kept_on_the_pipeline(parts: dict[str, Any]) -> None:
+    pipe = build(GuardedStableDiffusionPipeline, parts)
+    pipe.enable_guard(watching())
+    call(pipe)
+    before = set(vars(pipe))
+    call(pipe)
+    assert set(vars(pipe)) == before
+    assert not any("session" in name for name in before)

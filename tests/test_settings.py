@@ -1,0 +1,113 @@
+"""Guard settings survive the way through JSON, or do not leave at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sd_guard.detection import PrematureDetail
+from sd_guard.guard import Guard
+from sd_guard.mitigation import MITIGATIONS, DelayedGuidance, EmbeddingNoise, WordAblation
+from sd_guard.policy import Policy
+from sd_guard.settings import guard_from_json, guard_to_json
+
+shares = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4, unique=True)
+mitigations = st.one_of(
+    st.builds(WordAblation, max_words=st.integers(1, 6), suspects=st.integers(1, 3)),
+    st.builds(EmbeddingNoise, strengths=st.lists(st.floats(0.1, 9), max_size=3).map(tuple)),
+    st.builds(DelayedGuidance, until=st.lists(st.floats(0, 1), max_size=3).map(tuple)),
+)
+
+
+@given(
+    observed=shares,
+    probes=st.integers(0, 5),
+    threshold=st.floats(allow_nan=False),
+    plan=st.lists(mitigations, max_size=4),
+    policy=st.builds(
+        Policy,
+        budget=st.none() | st.integers(0, 999),
+        max_attempts=st.integers(0, 9),
+        on_failure=st.sampled_from(["blank", "keep", "raise"]),
+    ),
+    seed=st.integers(0, 2**40),
+)
+def test_round_trip(
+    observed: list[float], probes: int, threshold: float, plan: list, policy: Policy, seed: int
+) -> None:
+    guard = Guard(
+        observe_at=tuple(observed),
+        probe_at=(observed[0],),
+        probes=probes,
+        detector=PrematureDetail(threshold=threshold),
+        plan=tuple(plan),
+        policy=policy,
+        seed=seed,
+    )
+    assert guard_from_json(guard_to_json(guard)) == guard
+
+
+def test_default_round_trip() -> None:
+    assert guard_from_json(guard_to_json(Guard())) == Guard()
+
+
+def test_every_mitigation_is_saved_by_its_name() -> None:
+    plan = tuple(kind() for kind in MITIGATIONS.values())
+    content = json.loads(guard_to_json(Guard(plan=plan)))
+    assert [item["name"] for item in content["plan"]] == list(MITIGATIONS)
+
+
+def test_what_is_not_registered_cannot_be_saved() -> None:
+    @dataclass(frozen=True)
+    class Mine:
+        pass
+
+    with pytest.raises(ValueError, match=r"Mine is not among word_ablation, .* cannot be saved"):
+        guard_to_json(Guard(plan=(Mine(),)))
+
+
+def without(name: str) -> str:
+    return json.dumps({key: value for key, value in json.loads(guard_to_json(Guard())).items() if key != name})
+
+
+def changed(**values: object) -> str:
+    return json.dumps(json.loads(guard_to_json(Guard())) | values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        without("policy"),
+        without("detector"),
+        changed(colour="red"),
+        changed(probes=-1),
+        changed(observe_at=[1.5]),
+        changed(observe_at=[]),
+        changed(observe_at=None),
+        changed(detector={"name": "oracle"}),
+        changed(plan=[{"name": "word_ablation", "colour": 1}]),
+        changed(policy={"budget": -4}),
+    ],
+)
+def test_what_is_no_guard_settings(text: str) -> None:
+    with pytest.raises(ValueError, match=r"guard\.json does not hold guard settings") as caught:
+        guard_from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 1000))
+def test_steps_are_on_the_schedule(share: float, count: int) -> None:
+    observed, probed = Guard(observe_at=(0.0, share), probe_at=(share,)).steps(count)
+    assert observed == sorted(set(observed))
+    assert observed[0] == 0
+    assert probed <= set(observed)
+    assert observed[-1] < count
+    assert abs(observed[-1] - share * count) <= 1
