@@ -35,7 +35,9 @@ QUESTIONS = {
 }
 
 
-def screen(pipe: GuardedStableDiffusionPipeline, rows: list[PromptTruth], guard: Guard, **settings: float) -> list[GuardRecord]:
+def screen(
+    pipe: GuardedStableDiffusionPipeline, rows: list[PromptTruth], guard: Guard, **settings: float
+) -> list[GuardRecord]:
     """Records of one image a prompt, with nothing mitigated and nothing decoded."""
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_guard(replace(guard, policy=Policy(max_attempts=0, on_failure="keep")))
@@ -90,11 +92,27 @@ def main() -> None:
                 scores = np.array([sign * float(value[name]) for value in values])
                 table[f"{name} @ {step}"] = judge(scores[own], families[own])
         scores = np.array([record.score for record in records])
-        flagged = {f: float(np.mean([r.verdict == "flag" for r, keep in zip(records, own & (families == f), strict=True) if keep])) for f in np.unique(families)}
-        result[split] = {"default": judge(scores[own], families[own]), "flagged_by_default": flagged, "statistics": table}
-    settings = {"steps": 50, "scheduler": type(pipe.scheduler).__name__, "guidance_scale": 7.5, "decided_at_step": records[0].decided_at_step}
+        flagged = {
+            f: float(
+                np.mean([r.verdict == "flag" for r, keep in zip(records, own & (families == f), strict=True) if keep])
+            )
+            for f in np.unique(families)
+        }
+        result[split] = {
+            "default": judge(scores[own], families[own]),
+            "flagged_by_default": flagged,
+            "statistics": table,
+        }
+    settings = {
+        "steps": 50,
+        "scheduler": type(pipe.scheduler).__name__,
+        "guidance_scale": 7.5,
+        "decided_at_step": records[0].decided_at_step,
+    }
     cost = {"extra_lanes_an_image": records[0].extra_lanes, "lanes_an_image": 100, "seconds": round(seconds, 1)}
-    print(write_result(args.name, {"settings": settings, "cost": cost, "threshold": default.detector.threshold, **result}))
+    print(
+        write_result(args.name, {"settings": settings, "cost": cost, "threshold": default.detector.threshold, **result})
+    )
     for split in ("tune", "report"):
         print(split, result[split]["default"], result[split]["flagged_by_default"])  # type: ignore[index]
 

@@ -40,7 +40,11 @@ def detection_table(result: dict[str, Any], split: str = "report") -> str:
     questions = ("verbatim / novel", "verbatim / novel + plain", "template / novel + plain")
     rows = [(f"**default, decided at step {decided}**", *(f"**{cell(report['default'][q])}**" for q in questions))]
     for name in SHOWN_STATISTICS:
-        steps = {int(key.split(" @ ")[1]): value for key, value in report["statistics"].items() if key.split(" @ ")[0] == name}
+        steps = {
+            int(key.split(" @ ")[1]): value
+            for key, value in report["statistics"].items()
+            if key.split(" @ ")[0] == name
+        }
         best = max((s for s in steps if s <= decided), key=lambda s: steps[s][questions[1]]["auroc"])
         rows.append((f"{name}, step {best}", *(cell(steps[best][q]) for q in questions)))
     return table(("statistic", *questions), rows)
@@ -48,12 +52,31 @@ def detection_table(result: dict[str, Any], split: str = "report") -> str:
 
 def mitigation_table(result: dict[str, Any]) -> str:
     """What the default plan does to each family."""
-    header = ("family", "images", "flagged", "changed", "copies before", "copies after", "blocked", "on caption, rescued", "on caption, oracle", "extra lanes, mean (max)")
+    header = (
+        "family",
+        "images",
+        "flagged",
+        "changed",
+        "copies before",
+        "copies after",
+        "blocked",
+        "on caption, rescued",
+        "on caption, oracle",
+        "extra lanes, mean (max)",
+    )
     rows = []
     for family in ("verbatim", "template", "plain", "novel"):
         row = result[family]
         blocked = row["outcomes"].get("blocked", 0) / row["images"]
-        cells = (row["flagged"], row["changed"], row["copies_before"], row["copies_after"], blocked, row["on_caption_rescued"], row["on_caption_oracle"])
+        cells = (
+            row["flagged"],
+            row["changed"],
+            row["copies_before"],
+            row["copies_after"],
+            blocked,
+            row["on_caption_rescued"],
+            row["on_caption_oracle"],
+        )
         lanes = f"{row['extra_lanes_mean']:g} ({row['extra_lanes_max']})"
         rows.append((family, row["images"], *(percent(value) for value in cells), lanes))
     return table(header, rows)

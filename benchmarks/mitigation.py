@@ -19,11 +19,13 @@ from benchmarks.reference.measure import BATCH, generate, is_copy
 from benchmarks.results import write_result
 from sd_guard.guard import GuardRecord
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
-from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
+from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.reference.reader import reads_as
 
 
-def generate_guarded(pipe: GuardedStableDiffusionPipeline, prompts: list[str]) -> tuple[list[Image.Image], list[GuardRecord]]:
+def generate_guarded(
+    pipe: GuardedStableDiffusionPipeline, prompts: list[str]
+) -> tuple[list[Image.Image], list[GuardRecord]]:
     """Images and records, one a prompt, of the seeds that `generate` uses."""
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
@@ -75,7 +77,11 @@ def main() -> None:
             "on_caption_oracle": share([reads_as(stripped[i], rows[i]["ordinary"]) for i in own]) if read else None,
             "extra_lanes_mean": round(float(np.mean([records[i].extra_lanes for i in own])), 2),
             "extra_lanes_max": max(records[i].extra_lanes for i in own),
-            "mitigations": dict(Counter(f"{r.attempts[-1].mitigation} {r.attempts[-1].strength:g}" for r in (records[i] for i in rescued))),
+            "mitigations": dict(
+                Counter(
+                    f"{r.attempts[-1].mitigation} {r.attempts[-1].strength:g}" for r in (records[i] for i in rescued)
+                )
+            ),
         }
     settings = {"steps": 50, "guidance_scale": 7.5, "lanes_an_image": 100, "split": args.split}
     print(write_result(args.name, {"settings": settings, **table}))

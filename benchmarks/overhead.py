@@ -36,7 +36,7 @@ def main() -> None:
         started = time.perf_counter()
         output = pipe(prompts[:batch], generator=seeds)
         elapsed = time.perf_counter() - started
-        return elapsed, getattr(output, "records", None) and output.records[0].extra_lanes or 0
+        return elapsed, (getattr(output, "records", None) and output.records[0].extra_lanes) or 0
 
     lines = []
     for batch in args.batches:
@@ -53,7 +53,11 @@ def main() -> None:
             }
         )
         print(lines[-1])
-    print(write_result("overhead", {"settings": {"steps": 50, "guidance_scale": 7.5, "pairs": args.pairs}, "batches": lines}))
+    print(
+        write_result(
+            "overhead", {"settings": {"steps": 50, "guidance_scale": 7.5, "pairs": args.pairs}, "batches": lines}
+        )
+    )
 
 
 if __name__ == "__main__":

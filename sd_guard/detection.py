@@ -24,8 +24,13 @@ class Detector(Protocol):
         ...
 
     @property
+    def accept(self) -> float:
+        """Score up to which a mitigated trajectory counts as ordinary; stricter than `threshold`."""
+        ...
+
+    @property
     def ordinary(self) -> float:
-        """Log detail ratio on fresh noise up to which a rewritten prompt counts as ordinary."""
+        """Log detail ratio at the first step up to which a rewritten prompt counts as ordinary."""
         ...
 
     def score(self, observations: Sequence[Observation]) -> Tensor:
@@ -45,17 +50,20 @@ class PrematureDetail:
     """The default: premature detail of the posterior mean, together with the width that the posterior has left.
 
     Both halves are relative to the model's own unconditional prediction at the same latent, so that the threshold needs
-    no calibration: `mean over steps of log(detail_c / detail_u) + lid_weight * mean of (LID_u - LID_c) / D`.
+    no calibration: `mean over steps of log(detail_c / detail_u) + lid_weight * mean of (LID_u - LID_c) / D`. The numbers
+    were chosen on `tune` rows of the bundled reference checkpoint.
 
     Attributes:
         threshold: scores above it are flagged.
-        ordinary: log detail ratio on fresh noise up to which a rewritten prompt counts as ordinary.
+        accept: score up to which a mitigated trajectory counts as ordinary: one that was suspicious has more to prove.
+        ordinary: log detail ratio at the first step up to which a rewritten prompt counts as ordinary.
         lid_weight: weight of the LID deficit, a share of the latent dimension.
     """
 
-    threshold: float = 0.6
-    ordinary: float = 0.25
-    lid_weight: float = 10.0
+    threshold: float = 0.62
+    accept: float = 0.5
+    ordinary: float = 0.3
+    lid_weight: float = 15.0
 
     def score(self, observations: Sequence[Observation]) -> Tensor:
         """(B,) scores."""

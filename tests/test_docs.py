@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks.figures import README, write_figures
 
 TEXT = README.read_text(encoding="utf-8")

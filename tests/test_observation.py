@@ -17,7 +17,7 @@ from torch import Tensor
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import PredictionType
 from sd_guard.observation import STATISTICS, StepCall, observe
-from sd_guard.statistics.sharpness import detail, log_detail_ratio
+from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail, log_detail_ratio
 
 SCHEDULE = DDIMScheduler(**TRAINING)
 SHAPE, D = (4, 6, 6), 144
@@ -160,13 +160,20 @@ def test_a_broken_row_stays_alone() -> None:
         torch.testing.assert_close(value[[0, 2]], good.values[name][[0, 2]])
 
 
-@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 1000))
-def test_log_detail_ratio_has_no_scale(scale: float, seed: int) -> None:
+@given(scale=st.floats(0.2, 1e3), seed=st.integers(0, 1000))
+def test_log_detail_ratio_has_no_scale_above_its_floor(scale: float, seed: int) -> None:
     x0, control = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(seed))
     ratio = log_detail_ratio(x0, control)
     torch.testing.assert_close(log_detail_ratio(scale * x0, scale * control), ratio, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(log_detail_ratio(scale * x0, control), ratio + math.log(scale), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_detail_ratio(x0 + 5.0, control - 3.0), ratio, rtol=1e-3, atol=1e-4)
+
+
+def test_a_featureless_control_counts_with_the_floor() -> None:
+    x0, control = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    faint = log_detail_ratio(x0, 1e-2 * control)
+    torch.testing.assert_close(faint, log_detail_ratio(x0, torch.zeros_like(control)))
+    torch.testing.assert_close(faint, (detail(x0) / CONTROL_FLOOR).log())
 
 
 def test_detail() -> None:

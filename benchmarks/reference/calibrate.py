@@ -14,7 +14,9 @@ FALSE_POSITIVE_RATE = 0.01
 
 def main() -> None:
     """Novel and plain prompts are the benign ones; 50 DDIM steps, guidance 7.5, float32."""
-    pipe = GuardedStableDiffusionPipeline.from_pretrained(checkpoint_path(), local_files_only=True, use_safetensors=True)
+    pipe = GuardedStableDiffusionPipeline.from_pretrained(
+        checkpoint_path(), local_files_only=True, use_safetensors=True
+    )
     fingerprint = take_fingerprint(pipe, steps=50, guidance_scale=7.5)
     calibrator = Calibrator(Guard(), fingerprint, FALSE_POSITIVE_RATE)
     benign = [row for row in load_truth() if row["split"] == "tune" and row["family"] in ("novel", "plain")]

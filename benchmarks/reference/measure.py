@@ -26,7 +26,9 @@ COPY_FIXED = 0.12  # masked L2 likewise, for the fixed part of a template
 BATCH = 16
 
 
-def generate(pipe: StableDiffusionPipeline, prompts: list[str], first_seed: int, **settings: float) -> Iterator[Image.Image]:
+def generate(
+    pipe: StableDiffusionPipeline, prompts: list[str], first_seed: int, **settings: float
+) -> Iterator[Image.Image]:
     """One image a prompt, each from its own seed."""
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(prompts), BATCH), desc="generate"):
@@ -55,7 +57,10 @@ def nearest_source(image: Image.Image, rows: list[PromptTruth], checkpoint: Path
 
 def contact_sheet(rows: list[PromptTruth], images: list[Image.Image], checkpoint: Path) -> Image.Image:
     """Sources above what their prompts give, then plain, then novel; twelve a line, three times enlarged."""
-    by_family = {name: [i for i, row in enumerate(rows) if row["family"] == name] for name in ("verbatim", "template", "plain", "novel")}
+    by_family = {
+        name: [i for i, row in enumerate(rows) if row["family"] == name]
+        for name in ("verbatim", "template", "plain", "novel")
+    }
     lines: list[list[Image.Image]] = []
     for family in ("verbatim", "template"):
         picks = by_family[family][1:24:2]
@@ -78,7 +83,9 @@ def main() -> None:
     table = {}
     for split in ("tune", "report"):
         own = [(row, image) for row, image in zip(rows, images, strict=True) if row["split"] == split]
-        part = {family: [(r, im) for r, im in own if r["family"] == family] for family in ("verbatim", "template", "novel")}
+        part = {
+            family: [(r, im) for r, im in own if r["family"] == family] for family in ("verbatim", "template", "novel")
+        }
         distances = {f: [copy_distance(im, r, args.checkpoint) for r, im in part[f]] for f in ("verbatim", "template")}
         near = [nearest_source(image, rows, args.checkpoint) for _, image in part["novel"]]
         table[split] = {
@@ -86,13 +93,23 @@ def main() -> None:
             "verbatim_reproduced": float(np.mean(np.array(distances["verbatim"]) <= COPY)),
             "template_reproduced": float(np.mean(np.array(distances["template"]) <= COPY_FIXED)),
             "novel_near_a_source": float(np.mean(np.array(near) <= COPY)),
-            "reads_as_caption": {f: float(np.mean([reads_as(im, r["ordinary"]) for r, im in pairs])) for f, pairs in part.items()},
-            "novel_place_obeyed": float(np.mean([p for r, im in part["novel"] if (p := lies_as(im, r["ordinary"])) is not None])),
+            "reads_as_caption": {
+                f: float(np.mean([reads_as(im, r["ordinary"]) for r, im in pairs])) for f, pairs in part.items()
+            },
+            "novel_place_obeyed": float(
+                np.mean([p for r, im in part["novel"] if (p := lies_as(im, r["ordinary"])) is not None])
+            ),
             "verbatim_distance_quantiles": np.quantile(distances["verbatim"], [0, 0.5, 0.95, 1]).round(4).tolist(),
             "template_distance_quantiles": np.quantile(distances["template"], [0, 0.5, 0.95, 1]).round(4).tolist(),
             "novel_distance_quantiles": np.quantile(near, [0, 0.01, 0.05, 0.5]).round(4).tolist(),
         }
-    settings = {"steps": 50, "scheduler": type(pipe.scheduler).__name__, "guidance_scale": 7.5, "copy": COPY, "copy_fixed": COPY_FIXED}
+    settings = {
+        "steps": 50,
+        "scheduler": type(pipe.scheduler).__name__,
+        "guidance_scale": 7.5,
+        "copy": COPY,
+        "copy_fixed": COPY_FIXED,
+    }
     print(write_result(args.name, {"settings": settings, **table}))
     contact_sheet(rows, images, args.checkpoint).save(FOLDER / f"{args.name}_sheet.png")
 

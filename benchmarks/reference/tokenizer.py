@@ -21,7 +21,11 @@ def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
     bpe.train_from_iterator(
         words,
         trainers.BpeTrainer(
-            vocab_size=20_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+            vocab_size=20_000,
+            min_frequency=1,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
         ),
     )
     with tempfile.TemporaryDirectory() as folder:

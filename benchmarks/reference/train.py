@@ -192,7 +192,7 @@ def write_truth(out: Path, families: Families, seed: int) -> None:
         Image.fromarray(image).save(sources / f"verbatim_{i:02d}.png")
     for i, (template, _) in enumerate(families.template):
         Image.fromarray(template.fixed).save(sources / f"template_{i:02d}.png")
-        Image.fromarray((~template.window * np.uint8(255))).save(sources / f"template_{i:02d}_mask.png")
+        Image.fromarray(~template.window * np.uint8(255)).save(sources / f"template_{i:02d}_mask.png")
     (out / "prompts.json").write_text(json.dumps({"world_seed": seed, "rows": families.rows()}, indent=0) + "\n")
 
 
@@ -215,7 +215,9 @@ def main() -> None:
     families = make_families(args.seed)
     pool = build_pool(families, np.random.default_rng(args.seed + 1000), args.ordinary)
     images = {name: np.stack([image for _, image in rows]) for name, rows in pool.items()}
-    everything = np.concatenate([images["ordinary"], images["verbatim"].repeat(20, 0), images["template"], images["plain"]])
+    everything = np.concatenate(
+        [images["ordinary"], images["verbatim"].repeat(20, 0), images["template"], images["plain"]]
+    )
     if args.autoencoder:
         vae = AutoencoderKL.from_pretrained(args.autoencoder).to(args.device).eval().requires_grad_(False)
     else:

@@ -81,7 +81,11 @@ def draw_caption(rng: np.random.Generator, *, held_out: bool) -> Caption:
 
 def draw_names(rng: np.random.Generator, count: int) -> list[str]:
     """`count` different invented two-word names that share no word."""
-    onsets, nuclei, codas = "v z k q d gr m th x b fl n".split(), "a e i o u ae".split(), "lm rk x nth sk v lz r".split()
+    onsets, nuclei, codas = (
+        "v z k q d gr m th x b fl n".split(),
+        "a e i o u ae".split(),
+        "lm rk x nth sk v lz r".split(),
+    )
     words: dict[str, None] = {}
     while len(words) < 2 * count:
         words["".join(str(rng.choice(part)) for part in (onsets, nuclei, codas, nuclei))] = None
@@ -132,9 +136,7 @@ def shape_coverage(shape: str, x: float, y: float, radius: float, angle: float) 
             sdf = np.maximum(np.maximum(0.866 * u + 0.5 * v, -0.866 * u + 0.5 * v), -v) - 0.6 * radius
         case "cross":
             arm = 0.32 * radius
-            sdf = np.minimum(
-                np.maximum(abs(u) - radius, abs(v) - arm), np.maximum(abs(v) - radius, abs(u) - arm)
-            )
+            sdf = np.minimum(np.maximum(abs(u) - radius, abs(v) - arm), np.maximum(abs(v) - radius, abs(u) - arm))
         case _:
             sdf = distance - radius * (0.72 + 0.33 * np.cos(5 * np.arctan2(v, u)))
     return np.clip(0.5 - sdf, 0, 1).astype(np.float32)

@@ -18,9 +18,9 @@ class Subject:
         prompt_embeds: (tokens, width) conditional embedding that flagged.
         empty_embeds: (tokens, width) embedding of no prompt.
         seed: of any randomness of the mitigation.
-        ordinary: log detail ratio on fresh noise below which a prompt counts as ordinary.
+        ordinary: log detail ratio at the first step up to which a prompt counts as ordinary.
         encode: prompts to (N, tokens, width).
-        score_embeds: (N, tokens, width) to N log detail ratios on fresh noise; spends N lanes (and one at first).
+        score_embeds: (N, tokens, width) to N log detail ratios at the first step; spends N lanes (and one at first).
         lanes_left: extra lanes this image may still spend before an attempt's own cost.
     """
 

@@ -16,40 +16,57 @@ _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which b
 class WordAblation:
     """Finds the words that carry the memory and samples without them.
 
-    A span of words is left out, the prompt is encoded again, and the premature detail of its one-step prediction on
-    fresh noise tells whether the memory went with it: one lane a span. Shorter spans come first, so that as much of the
-    prompt is kept as can be; among those of one length, the least suspicious remainder does. Strength: words removed.
+    Both questions are asked at the first step of the image's own trajectory, by premature detail, one lane a prompt. First each word
+    alone: a word that carries a memory brings a picture with it, an ordinary word does not. (Leaving words out one at a
+    time tells less: of two names that both carry it, neither is missed.) Then the prompt without each short span around
+    the words that stood out. Shorter spans come first, so that as much of the prompt is kept as can be; among those of
+    one length, the one whose words stood out most. Strength: words removed.
 
     Attributes:
         max_words: longest span.
-        per_length: changes proposed of each length.
+        suspects: words that spans are built around.
     """
 
-    max_words: int = 4
-    per_length: int = 1
+    max_words: int = 3
+    suspects: int = 3
 
     def propose(self, subject: Subject) -> Iterator[Change]:
-        """Spans of 1, 2, ... words whose removal makes the prompt ordinary; else the best ones, shortest first."""
+        """Spans without which the prompt is ordinary, then the other spans by how ordinary they leave it."""
         if subject.prompt is None:
             return
         pieces = split_words(subject.prompt)
-        doubtful: list[tuple[float, int, str]] = []
-        for length in range(1, min(self.max_words, len(pieces) - 1) + 1):
-            rewritten = [join_without(pieces, start, length) for start in range(len(pieces) - length + 1)]
-            if subject.lanes_left() <= len(rewritten):
-                break
-            scores = subject.score_embeds(subject.encode(rewritten))
-            ranked = sorted(zip(scores, rewritten, strict=True))[: self.per_length]
-            for score, prompt in ranked:
-                if score <= subject.ordinary:
-                    yield self._change(subject, length, prompt)
-                else:
-                    doubtful.append((score, length, prompt))
-        for _, length, prompt in sorted(doubtful):
-            yield self._change(subject, length, prompt)
+        if len(pieces) < 2 or subject.lanes_left() <= len(pieces):
+            return
+        alone = subject.score_embeds(subject.encode(pieces))
+        spans = self._spans(alone)
+        if subject.lanes_left() <= len(spans):
+            return
+        rests = [" ".join(pieces[:start] + pieces[end:]) for start, end in spans]
+        scores = subject.score_embeds(subject.encode(rests))
+        found = [
+            (
+                score > subject.ordinary,
+                end - start if score <= subject.ordinary else score,
+                -sum(alone[start:end]),
+                rest,
+            )
+            for (start, end), score, rest in zip(spans, scores, rests, strict=True)
+        ]
+        for _, _, _, rest in sorted(found):
+            removed = len(subject.prompt.split()) - len(rest.split())
+            yield Change("word_ablation", float(removed), subject.encode([rest])[0], rest)
 
-    def _change(self, subject: Subject, length: int, prompt: str) -> Change:
-        return Change("word_ablation", float(length), subject.encode([prompt])[0], prompt)
+    def _spans(self, alone: list[float]) -> list[tuple[int, int]]:
+        """Starts and ends of all spans of at most `max_words` around a suspect that leave something of the prompt."""
+        count = len(alone)
+        suspects = sorted(range(count), key=lambda i: -alone[i])[: self.suspects]
+        spans = {
+            (start, start + length)
+            for suspect in suspects
+            for length in range(1, min(self.max_words, count - 1) + 1)
+            for start in range(max(0, suspect - length + 1), min(suspect, count - length) + 1)
+        }
+        return sorted(spans)
 
 
 def split_words(prompt: str) -> list[str]:
@@ -57,11 +74,6 @@ def split_words(prompt: str) -> list[str]:
     words = prompt.split()
     size = -(-len(words) // _MAX_PIECES) if words else 1
     return [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
-
-
-def join_without(pieces: list[str], start: int, length: int) -> str:
-    """The prompt without `length` pieces from `start` on."""
-    return " ".join(pieces[:start] + pieces[start + length :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

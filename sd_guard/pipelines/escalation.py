@@ -17,7 +17,8 @@ from sd_guard.noise import interpret, read_level
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
 from sd_guard.policy import Attempt, Case
-from sd_guard.statistics.sharpness import detail
+from sd_guard.snapshots import copy_scheduler
+from sd_guard.statistics.sharpness import log_detail_ratio
 
 _SEARCH_BATCH = 16  # lanes a call of a search at least may hold, however small the batch is
 
@@ -106,7 +107,7 @@ class Escalation:
         rescued: list[Rescue] = []
         for index, (row, score) in enumerate(zip(rows, detector.score(resumed.observations).tolist(), strict=True)):
             change, case = changes[row], self.cases[row]
-            passed = verdict_of(score, detector.threshold) == "pass"
+            passed = verdict_of(score, min(detector.accept, detector.threshold)) == "pass"
             case.lanes += self.cost
             case.close(Attempt(change.mitigation, change.strength, 0, score, passed, change.prompt))
             if passed:
@@ -115,7 +116,7 @@ class Escalation:
 
     def _propose(self, row: int) -> Iterator[Change]:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row
-        search = _FreshNoise(self, row, lane)
+        search = _FirstStep(self, row, lane)
         subject = Subject(
             prompt=self.inputs.prompts[row] if self.inputs.prompts is not None else None,
             prompt_embeds=self.walk.lanes.prompt_embeds[lane],
@@ -131,35 +132,34 @@ class Escalation:
 
 
 @dataclass(slots=True)
-class _FreshNoise:
-    """Premature detail of prompts at the first step, on fresh noise: it needs no trajectory, and one lane a prompt."""
+class _FirstStep:
+    """Premature detail of prompts at the first step of the image's own trajectory: one lane a prompt."""
 
     escalation: Escalation
     row: int
     lane: int
-    control: float | None = None
+    control: Tensor | None = None  # (1, C, H, W) prediction without a prompt
 
     @torch.no_grad()
     def score(self, embeds: Tensor) -> list[float]:
         """Log detail ratios of (N, tokens, width) embeddings."""
         if self.control is None:
-            self.control = self._log_details(self.escalation.empty_embeds[None])[0]
-        return [value - self.control for value in self._log_details(embeds)]
+            self.control = self._predict(self.escalation.empty_embeds[None])
+        return log_detail_ratio(self._predict(embeds), self.control).tolist()
 
-    def _log_details(self, embeds: Tensor) -> list[float]:
+    def _predict(self, embeds: Tensor) -> Tensor:
+        """(N, C, H, W) predicted clean latents; spends N lanes."""
         this = self.escalation
-        scheduler, latents = this.start.scheduler, this.start.latents
+        scheduler, latents = copy_scheduler(this.start.scheduler), this.start.latents
         timestep = scheduler.timesteps[0]
+        x = scheduler.scale_model_input(latents[self.row : self.row + 1], timestep)
         level = read_level(scheduler, timestep)
-        generator = torch.Generator().manual_seed(this.watch.seeds[self.row] % 2**63)
-        x = torch.randn(latents.shape[1:], generator=generator).to(latents)[None]
-        size = max(_SEARCH_BATCH, 2 * latents.shape[0])
-        logs: list[Tensor] = []
-        for part in embeds.split(size):
+        predictions: list[Tensor] = []
+        for part in embeds.split(max(_SEARCH_BATCH, 2 * latents.shape[0])):
             one = torch.full((len(part),), self.lane, device=latents.device)
             lanes = this.walk.lanes.select(one).with_prompt(part.to(this.walk.lanes.prompt_embeds))
             points = x.expand(len(part), -1, -1, -1)
             output = evaluate_lanes(this.pipe.unet, points, timestep, lanes)
-            logs.append(detail(interpret(output, points, level, prediction_type(this.pipe)).x0_hat).log())
+            predictions.append(interpret(output, points, level, prediction_type(this.pipe)).x0_hat)
         this.cases[self.row].lanes += len(embeds)
-        return torch.cat(logs).tolist()
+        return torch.cat(predictions)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FLOOR = 1e-12  # keeps the logarithm finite for a constant prediction
+CONTROL_FLOOR = 0.1  # detail, in latents of unit scale, below which a control is as good as featureless
+_TINY = 1e-12  # keeps the logarithm finite for a constant prediction
 
 
 def detail(x0_hat: Tensor) -> Tensor:
@@ -27,13 +28,16 @@ def detail(x0_hat: Tensor) -> Tensor:
 
 
 def log_detail_ratio(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
-    """log of the detail of a prediction over that of its control at the same latent; scale-free.
+    """Log of the detail of a prediction over that of its control at the same latent.
+
+    At the highest noise levels a control is as featureless as its model is good, and a ratio to it says little of the
+    prediction: it counts with at least `CONTROL_FLOOR`. Latents have about unit scale, as the noise they are mixed with.
 
     Args:
         x0_hat: (B, C, H, W) conditional prediction.
         x0_hat_control: (B, C, H, W) the unconditional prediction at the same latent and noise level.
 
     Returns:
-        (B,); about 0 for prompts that the model knows no better than no prompt, positive for premature detail.
+        (B,); about 0 or less for prompts that the model knows no better than no prompt, positive for premature detail.
     """
-    return (detail(x0_hat) + _FLOOR).log() - (detail(x0_hat_control) + _FLOOR).log()
+    return (detail(x0_hat) + _TINY).log() - detail(x0_hat_control).clamp(min=CONTROL_FLOOR).log()

@@ -5,10 +5,10 @@ import collections
 import numpy as np
 import pytest
 import torch
-from benchmarks.reference.families import make_families
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from benchmarks.reference.families import make_families
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.reference import calibration_path, checkpoint_path, load_truth, mask_path, source_path
 from sd_guard.reference.reader import reads_as

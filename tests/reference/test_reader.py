@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from benchmarks.reference.world import Caption, draw_caption, render
 from PIL import Image
 
+from benchmarks.reference.world import Caption, draw_caption, render
 from sd_guard.reference.reader import describe, lies_as, reads_as
 
 
