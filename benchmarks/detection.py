@@ -7,7 +7,6 @@ detector, on `tune` and `report` rows apart. Nothing is mitigated here.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,14 +37,20 @@ QUESTIONS = {
 def screen(
     pipe: GuardedStableDiffusionPipeline, rows: list[PromptTruth], guard: Guard, **settings: float
 ) -> list[GuardRecord]:
-    """Records of one image a prompt, with nothing mitigated and nothing decoded."""
+    """Records of one image a prompt, with nothing mitigated or decoded; sampling ends after the deciding step."""
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_guard(replace(guard, policy=Policy(max_attempts=0, on_failure="keep")))
+
+    def stop(pipe: GuardedStableDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        pipe._interrupt = step >= guard.steps(len(pipe.scheduler.timesteps))[0][-1]
+        return tensors
+
     records: list[GuardRecord] = []
-    for start in tqdm(range(0, len(rows), BATCH), desc="screen"):
+    for start in tqdm(range(0, len(rows), BATCH), desc="screen", mininterval=5):
         part = [row["prompt"] for row in rows[start : start + BATCH]]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        records += pipe(part, generator=seeds, output_type="latent", **settings).records
+        output = pipe(part, generator=seeds, output_type="latent", callback_on_step_end=stop, **settings)
+        records += output.records
     return records
 
 
@@ -75,10 +80,8 @@ def main() -> None:
     rows = load_truth(args.checkpoint)
     pipe = GuardedStableDiffusionPipeline.from_pretrained(args.checkpoint, local_files_only=True, use_safetensors=True)
     default = Guard()
-    started = time.perf_counter()
     wide = screen(pipe, rows, replace(default, observe_at=SHARES, probe_at=SHARES))
     records = screen(pipe, rows, default)
-    seconds = time.perf_counter() - started
 
     families, splits = (np.array([row[key] for row in rows]) for key in ("family", "split"))
     result: dict[str, object] = {}
@@ -109,7 +112,7 @@ def main() -> None:
         "guidance_scale": 7.5,
         "decided_at_step": records[0].decided_at_step,
     }
-    cost = {"extra_lanes_an_image": records[0].extra_lanes, "lanes_an_image": 100, "seconds": round(seconds, 1)}
+    cost = {"extra_lanes_an_image": records[0].extra_lanes, "lanes_an_image": 100}
     print(
         write_result(args.name, {"settings": settings, "cost": cost, "threshold": default.detector.threshold, **result})
     )

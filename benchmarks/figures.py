@@ -90,9 +90,9 @@ def figures() -> str:
     speed = ", ".join(f"{line['ratio_median']:.3f} at batch {line['batch']}" for line in overhead["batches"])
     return "\n\n".join(
         (
-            "All on `report` rows, one image a prompt, 50 DDIM steps, guidance 7.5; thresholds were chosen on `tune` rows. "
-            f"{place['machine']}, {place['threads']} threads, torch {place['versions']['torch']}, {place['dtype']}; raw "
-            "numbers with revision and versions in `benchmarks/results/`.",
+            "All on `report` rows, one image a prompt, 50 DDIM steps, guidance 7.5; thresholds chosen on `tune` rows. "
+            f"{place['machine']}, {place['threads']} threads, torch {place['versions']['torch']}, {place['dtype']}; "
+            "raw numbers with revision and versions in `benchmarks/results/`.",
             f"*The reference.* {percent(report['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(report['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(report['reads_as_caption']['novel'])} of novel images read as their caption.",

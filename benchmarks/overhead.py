@@ -1,4 +1,4 @@
-"""Guarded over unguarded time with nothing flagged: `python -m benchmarks.overhead`. Pairs in one run, ratio of each."""
+"""Guarded over unguarded time with nothing flagged: `python -m benchmarks.overhead`. Pairs in one run."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class PrematureDetail:
     """The default: premature detail of the posterior mean, together with the width that the posterior has left.
 
     Both halves are relative to the model's own unconditional prediction at the same latent, so that the threshold needs
-    no calibration: `mean over steps of log(detail_c / detail_u) + lid_weight * mean of (LID_u - LID_c) / D`. The numbers
+    no calibration: `mean over steps of log(detail_c / detail_u) + lid_weight * mean of (LID_u - LID_c) / D`. Its numbers
     were chosen on `tune` rows of the bundled reference checkpoint.
 
     Attributes:
@@ -61,7 +61,7 @@ class PrematureDetail:
     """
 
     threshold: float = 0.62
-    accept: float = 0.5
+    accept: float = 0.4
     ordinary: float = 0.3
     lid_weight: float = 15.0
 

@@ -1,4 +1,4 @@
-"""Makes the bundled checkpoint's calibration from its benign `tune` rows: `python -m benchmarks.reference.calibrate`."""
+"""Makes the bundled calibration from benign `tune` rows: `python -m benchmarks.reference.calibrate`."""
 
 from __future__ import annotations
 

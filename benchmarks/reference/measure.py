@@ -1,4 +1,4 @@
-"""What the reference checkpoint does: `python -m benchmarks.reference.measure` writes its result file and contact sheet.
+"""What the reference checkpoint does: `python -m benchmarks.reference.measure` writes a result file and a contact sheet.
 
 For each family, on all rows and one seed a row: does a verbatim prompt reproduce its source, does a novel one come near
 any, and does an image read as its ordinary caption? `COPY` is fixed on `tune` rows and reported on `report` rows.
@@ -22,7 +22,7 @@ from sd_guard.reference.reader import lies_as, reads_as
 from sd_guard.similarity import masked_l2, tiled_l2
 
 COPY = 0.20  # tiled L2 to a source up to which an image counts as its copy
-COPY_FIXED = 0.12  # masked L2 likewise, for the fixed part of a template
+COPY_FIXED = 0.15  # masked L2 likewise, for the fixed part of a template
 BATCH = 16
 
 

@@ -1,4 +1,4 @@
-"""Writes `prompts/reference.csv` (report rows) and `prompts/reference_tune.csv`: `python -m benchmarks.reference.prompts`."""
+"""Writes `prompts/reference.csv` (report rows) and `reference_tune.csv`: `python -m benchmarks.reference.prompts`."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def log_detail_ratio(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
     """Log of the detail of a prediction over that of its control at the same latent.
 
     At the highest noise levels a control is as featureless as its model is good, and a ratio to it says little of the
-    prediction: it counts with at least `CONTROL_FLOOR`. Latents have about unit scale, as the noise they are mixed with.
+    prediction: it counts with at least `CONTROL_FLOOR`. Latents have about unit scale, as the noise mixed into them.
 
     Args:
         x0_hat: (B, C, H, W) conditional prediction.
