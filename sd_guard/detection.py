@@ -49,9 +49,9 @@ def verdict_of(score: float, threshold: float) -> Verdict:
 class PrematureDetail:
     """The default: premature detail of the posterior mean, together with the width that the posterior has left.
 
-    Both halves are relative to the model's own unconditional prediction at the same latent, so that the threshold needs
-    no calibration: `mean over steps of log(detail_c / detail_u) + lid_weight * mean of (LID_u - LID_c) / D`. Its numbers
-    were chosen on `tune` rows of the bundled reference checkpoint.
+    Both halves are relative to the model's own unconditional prediction at the same latent, so that the threshold
+    needs no calibration: `mean over steps of log(detail_c / detail_u) + lid_weight * mean of (LID_u - LID_c) / D`. The
+    numbers were chosen on `tune` rows of the bundled reference checkpoint.
 
     Attributes:
         threshold: scores above it are flagged.

@@ -1,4 +1,4 @@
-"""What the reference checkpoint does: `python -m benchmarks.reference.measure` writes a result file and a contact sheet.
+"""What the reference checkpoint does: `python -m benchmarks.reference.measure` writes results and a contact sheet.
 
 For each family, on all rows and one seed a row: does a verbatim prompt reproduce its source, does a novel one come near
 any, and does an image read as its ordinary caption? `COPY` is fixed on `tune` rows and reported on `report` rows.

@@ -16,10 +16,10 @@ _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which b
 class WordAblation:
     """Finds the words that carry the memory and samples without them.
 
-    Two questions are asked at the first step of the image's own trajectory, by premature detail, one lane a prompt. First
-    each word alone: a word that carries a memory brings a picture with it, an ordinary word does not. (Leaving words out
-    one at a time tells less: of two names that both carry it, neither is missed.) Then the prompt without each short span
-    around the words that stood out. Shorter spans come first, so that as much of the prompt is kept as can be; among those of
+    Two questions are asked at the first step of the image's own trajectory, by premature detail, one lane a prompt.
+    First each word alone: a word that carries a memory brings a picture with it, an ordinary word does not. (Leaving
+    words out one at a time tells less: of two names that both carry it, neither is missed.) Then the prompt without
+    each short span around the words that stood out. Shorter spans come first, so that as much of the prompt is kept as can be; among those of
     one length, the one whose words stood out most. Strength: words removed.
 
     Attributes:
