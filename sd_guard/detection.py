@@ -23,16 +23,6 @@ class Detector(Protocol):
         """Scores above it are flagged."""
         ...
 
-    @property
-    def accept(self) -> float:
-        """Score up to which a mitigated trajectory counts as ordinary; stricter than `threshold`."""
-        ...
-
-    @property
-    def ordinary(self) -> float:
-        """Log detail ratio at the first step up to which a rewritten prompt counts as ordinary."""
-        ...
-
     def score(self, observations: Sequence[Observation]) -> Tensor:
         """(B,) scores from the observations of the probed steps, in their order."""
         ...
@@ -55,14 +45,10 @@ class PrematureDetail:
 
     Attributes:
         threshold: scores above it are flagged.
-        accept: score up to which a mitigated trajectory counts as ordinary: one that was suspicious has more to prove.
-        ordinary: log detail ratio at the first step up to which a rewritten prompt counts as ordinary.
         lid_weight: weight of the LID deficit, a share of the latent dimension.
     """
 
-    threshold: float = 0.62
-    accept: float = 0.4
-    ordinary: float = 0.3
+    threshold: float = 0.55
     lid_weight: float = 15.0
 
     def score(self, observations: Sequence[Observation]) -> Tensor:

@@ -62,12 +62,26 @@ class Observation:
         dimension: D, the entries of one latent.
         values: name in STATISTICS to (B,) float32.
         lanes: extra lane evaluations spent on each image.
+        x0_hat: (B, C, H, W) the conditional prediction, float32; None in one that was read back from a record.
     """
 
     step: int
     dimension: int
     values: Mapping[str, Tensor]
     lanes: int
+    x0_hat: Tensor | None = None
+
+
+def predicted_image(observations: Sequence[Observation]) -> Tensor:
+    """(B, C, H, W) the conditional prediction of the last of the observations.
+
+    Raises:
+        ValueError: it was read back from a record, which holds none.
+    """
+    x0_hat = observations[-1].x0_hat
+    if x0_hat is None:
+        raise ValueError("an observation that was read back from a record holds no predicted image")
+    return x0_hat
 
 
 @torch.no_grad()
@@ -103,7 +117,7 @@ def observe(
         traces = [_probe(call, unet, prediction_type, base, seeds, probe) for probe in range(probes)]
         lid = trajectory_lid(call.x[0].numel(), call.level.s, torch.stack(traces).mean(0))
         values["trajectory_lid_control"], values["trajectory_lid"] = lid.chunk(2)
-    return Observation(call.step, call.x[0].numel(), values, spent + 2 * probes)
+    return Observation(call.step, call.x[0].numel(), values, spent + 2 * probes, with_prompt.x0_hat)
 
 
 def _probe(

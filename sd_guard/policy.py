@@ -21,6 +21,7 @@ class Attempt:
         strength: in the mitigation's own unit.
         resumed_from_step: the step that sampling was resumed from.
         score: of the resumed trajectory, by the statistic that flagged the image.
+        resemblance: cosine in [-1, 1] of its predicted image and the flagged one at the deciding step, by their edges.
         passed: whether that was no longer suspicious.
         prompt: the rewritten prompt; None where the words were kept.
     """
@@ -29,6 +30,7 @@ class Attempt:
     strength: float
     resumed_from_step: int
     score: float
+    resemblance: float
     passed: bool
     prompt: str | None
 
@@ -41,12 +43,18 @@ class Policy:
         budget: extra lane evaluations that one image may cost, detection included; None allows as many as the image
             itself costs. Detection is always paid: where it alone costs as much, a flagged image gets no attempt.
         max_attempts: resumed trajectories an image.
+        margin: how far below the threshold a resumed trajectory has to score, at least 0: what was suspicious once has
+            more to prove.
+        max_resemblance: cosine in [-1, 1] up to which a mitigated image counts as another picture than the flagged one,
+            at the deciding step and when sampling is over.
         on_failure: an image that no attempt rescued is made `blank`, kept as it would have been without the guard
             (`keep`), or raised as an error when the call is over (`raise`).
     """
 
     budget: int | None = None
     max_attempts: int = 4
+    margin: float = 0.15
+    max_resemblance: float = 0.7
     on_failure: OnFailure = "blank"
 
     def __post_init__(self) -> None:
@@ -55,6 +63,10 @@ class Policy:
             raise ValueError(f"budget={self.budget} is negative; give the extra lane evaluations an image may cost")
         if self.max_attempts < 0:
             raise ValueError(f"max_attempts={self.max_attempts} is negative; 0 flags without mitigating")
+        if not self.margin >= 0:
+            raise ValueError(f"margin={self.margin} is negative; 0 asks no more of a mitigated image than of any other")
+        if not -1 <= self.max_resemblance <= 1:
+            raise ValueError(f"max_resemblance={self.max_resemblance} is no cosine; give a number from -1 to 1")
         if self.on_failure not in ("blank", "keep", "raise"):
             raise ValueError(f"on_failure={self.on_failure!r} is not one of 'blank', 'keep', 'raise'")
 
@@ -70,6 +82,7 @@ class Case:
         lanes: extra lanes spent so far.
         attempts: in order.
         closed: no further attempt is to be made.
+        relapsed: the attempt that passed ended in the flagged picture all the same.
     """
 
     verdict: Verdict
@@ -78,11 +91,12 @@ class Case:
     lanes: int = 0
     attempts: list[Attempt] = field(default_factory=list)
     closed: bool = False
+    relapsed: bool = False
 
     @property
     def rescued(self) -> bool:
-        """Whether the last attempt passed."""
-        return bool(self.attempts) and self.attempts[-1].passed
+        """Whether the last attempt passed, to the end."""
+        return bool(self.attempts) and self.attempts[-1].passed and not self.relapsed
 
     def may_attempt(self, policy: Policy, cost: int) -> bool:
         """Whether another attempt of `cost` lanes is allowed."""

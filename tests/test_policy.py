@@ -10,7 +10,7 @@ from sd_guard.policy import Attempt, Case, Policy
 
 
 def attempt(*, passed: bool) -> Attempt:
-    return Attempt("word_ablation", 1.0, 0, 0.0 if passed else 9.0, passed, "a dog")
+    return Attempt("word_ablation", 1.0, 0, 0.0 if passed else 9.0, 0.1, passed, "a dog")
 
 
 @pytest.mark.parametrize(

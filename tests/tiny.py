@@ -159,8 +159,6 @@ class DetailRatio:
     """The free half of the default detector: what is tested here must not depend on how the halves are weighted."""
 
     threshold: float
-    accept: float = math.inf
-    ordinary: float = 0.25
 
     def score(self, observations: Sequence[Observation]) -> torch.Tensor:
         return torch.stack([seen.values["log_detail_ratio"] for seen in observations]).mean(0)

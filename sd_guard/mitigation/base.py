@@ -18,9 +18,9 @@ class Subject:
         prompt_embeds: (tokens, width) conditional embedding that flagged.
         empty_embeds: (tokens, width) embedding of no prompt.
         seed: of any randomness of the mitigation.
-        ordinary: log detail ratio at the first step up to which a prompt counts as ordinary.
         encode: prompts to (N, tokens, width).
-        score_embeds: (N, tokens, width) to N log detail ratios at the first step; spends N lanes (and one at first).
+        predict: (N, tokens, width) to (N, C, H, W) predicted clean latents at the first step of the image's own
+            trajectory; spends N lanes.
         lanes_left: extra lanes this image may still spend before an attempt's own cost.
     """
 
@@ -28,9 +28,8 @@ class Subject:
     prompt_embeds: Tensor
     empty_embeds: Tensor
     seed: int
-    ordinary: float
     encode: Callable[[Sequence[str]], Tensor]
-    score_embeds: Callable[[Tensor], list[float]]
+    predict: Callable[[Tensor], Tensor]
     lanes_left: Callable[[], int]
 
 

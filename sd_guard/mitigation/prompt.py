@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sd_guard.mitigation.base import Change, Subject
+from sd_guard.statistics.sharpness import log_detail_ratio, resemblance
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search
 
@@ -16,42 +17,47 @@ _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which b
 class WordAblation:
     """Finds the words that carry the memory and samples without them.
 
-    Two questions are asked at the first step of the image's own trajectory, by premature detail, one lane a prompt.
-    First each word alone: a word that carries a memory brings a picture with it, an ordinary word does not. (Leaving
+    Two questions are asked at the first step of the image's own trajectory, one lane a prompt. First each word alone,
+    by premature detail: a word that carries a memory brings a picture with it, an ordinary word does not. (Leaving
     words out one at a time tells less: of two names that both carry it, neither is missed.) Then the prompt without
-    each short span around the words that stood out. Shorter spans come first, so that as much of the prompt is kept as can be; among those of
-    one length, the one whose words stood out most. Strength: words removed.
+    each short span around the words that stood out: is the prediction still premature, or still the flagged picture,
+    however faint? Shorter spans come first, so that as much of the prompt is kept as can be; among those of one length, the one
+    whose words stood out most. Strength: words removed.
 
     Attributes:
         max_words: longest span.
         suspects: words that spans are built around.
+        max_detail: log detail ratio at the first step up to which the rest of a prompt counts as ordinary.
+        max_resemblance: cosine in [-1, 1] up to which the picture counts as gone at the first step, where a memory
+            shows at 0.95 and more, and two blurs resemble each other a little.
     """
 
     max_words: int = 3
     suspects: int = 3
+    max_detail: float = 0.3
+    max_resemblance: float = 0.85
 
     def propose(self, subject: Subject) -> Iterator[Change]:
-        """Spans without which the prompt is ordinary, then the other spans by how ordinary they leave it."""
+        """Spans without which the picture is gone, then the other spans by how ordinary they leave the prompt."""
         if subject.prompt is None:
             return
         pieces = split_words(subject.prompt)
-        if len(pieces) < 2 or subject.lanes_left() <= len(pieces):
+        if len(pieces) < 2 or subject.lanes_left() < len(pieces) + 2:
             return
-        alone = subject.score_embeds(subject.encode(pieces))
+        whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
+        control, flagged, *words = subject.predict(torch.cat([whole, subject.encode(pieces).to(whole)])).split(1)
+        alone: list[float] = log_detail_ratio(torch.cat(words), control).tolist()
         spans = self._spans(alone)
-        if subject.lanes_left() <= len(spans):
+        if subject.lanes_left() < len(spans):
             return
         rests = [" ".join(pieces[:start] + pieces[end:]) for start, end in spans]
-        scores = subject.score_embeds(subject.encode(rests))
-        found = [
-            (
-                score > subject.ordinary,
-                end - start if score <= subject.ordinary else score,
-                -sum(alone[start:end]),
-                rest,
-            )
-            for (start, end), score, rest in zip(spans, scores, rests, strict=True)
-        ]
+        predicted = subject.predict(subject.encode(rests))
+        details: list[float] = log_detail_ratio(predicted, control).tolist()
+        alike: list[float] = resemblance(predicted, flagged.expand_as(predicted)).tolist()
+        found: list[tuple[bool, float, float, str]] = []
+        for (start, end), ratio, near, rest in zip(spans, details, alike, rests, strict=True):
+            gone = ratio <= self.max_detail and near <= self.max_resemblance
+            found.append((not gone, end - start if gone else ratio, -sum(alone[start:end]), rest))
         for _, _, _, rest in sorted(found):
             removed = len(subject.prompt.split()) - len(rest.split())
             yield Change("word_ablation", float(removed), subject.encode([rest])[0], rest)

@@ -14,11 +14,12 @@ from sd_guard.guard import Guard
 from sd_guard.lanes import evaluate_lanes
 from sd_guard.mitigation import Change, Subject
 from sd_guard.noise import interpret, read_level
+from sd_guard.observation import predicted_image
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
 from sd_guard.policy import Attempt, Case
 from sd_guard.snapshots import copy_scheduler
-from sd_guard.statistics.sharpness import log_detail_ratio
+from sd_guard.statistics.sharpness import resemblance
 
 _SEARCH_BATCH = 16  # lanes a call of a search at least may hold, however small the batch is
 
@@ -54,6 +55,7 @@ class Escalation:
         empty_embeds: (tokens, width).
         cases: of all B images.
         observation_lanes: extra lanes an image that one watched trajectory costs.
+        memory: (B, C, H, W) predicted images of the flagged trajectory: what must not come back.
     """
 
     pipe: Any
@@ -65,6 +67,7 @@ class Escalation:
     empty_embeds: Tensor
     cases: Sequence[Case]
     observation_lanes: int
+    memory: Tensor
 
     @property
     def cost(self) -> int:
@@ -103,13 +106,17 @@ class Escalation:
             list(changes.values()),
             self.empty_embeds,
         )
-        detector = self.guard.detector
+        detector, policy = self.guard.detector, self.guard.policy
+        scores: list[float] = detector.score(resumed.observations).tolist()
+        alike: list[float] = resemblance(predicted_image(resumed.observations), self.memory[rows]).tolist()
         rescued: list[Rescue] = []
-        for index, (row, score) in enumerate(zip(rows, detector.score(resumed.observations).tolist(), strict=True)):
+        for index, row in enumerate(rows):
             change, case = changes[row], self.cases[row]
-            passed = verdict_of(score, min(detector.accept, detector.threshold)) == "pass"
+            ordinary = verdict_of(scores[index], detector.threshold - policy.margin) == "pass"
+            passed = ordinary and alike[index] <= policy.max_resemblance
             case.lanes += self.cost
-            case.close(Attempt(change.mitigation, change.strength, 0, score, passed, change.prompt))
+            attempt = Attempt(change.mitigation, change.strength, 0, scores[index], alike[index], passed, change.prompt)
+            case.close(attempt)
             if passed:
                 rescued.append(Rescue(row, change, resumed, index))
         return rescued
@@ -122,9 +129,8 @@ class Escalation:
             prompt_embeds=self.walk.lanes.prompt_embeds[lane],
             empty_embeds=self.empty_embeds,
             seed=self.watch.seeds[row] % 2**63,
-            ordinary=self.guard.detector.ordinary,
             encode=self.inputs.encode,
-            score_embeds=search.score,
+            predict=search.predict,
             lanes_left=lambda: case.budget - case.lanes - self.cost,
         )
         for mitigation in self.guard.plan:
@@ -133,22 +139,15 @@ class Escalation:
 
 @dataclass(slots=True)
 class _FirstStep:
-    """Premature detail of prompts at the first step of the image's own trajectory: one lane a prompt."""
+    """Predicted images of prompts at the first step of the image's own trajectory: one lane a prompt."""
 
     escalation: Escalation
     row: int
     lane: int
-    control: Tensor | None = None  # (1, C, H, W) prediction without a prompt
 
     @torch.no_grad()
-    def score(self, embeds: Tensor) -> list[float]:
-        """Log detail ratios of (N, tokens, width) embeddings."""
-        if self.control is None:
-            self.control = self._predict(self.escalation.empty_embeds[None])
-        return log_detail_ratio(self._predict(embeds), self.control).tolist()
-
-    def _predict(self, embeds: Tensor) -> Tensor:
-        """(N, C, H, W) predicted clean latents; spends N lanes."""
+    def predict(self, embeds: Tensor) -> Tensor:
+        """(N, tokens, width) to (N, C, H, W) predicted clean latents; spends N lanes."""
         this = self.escalation
         scheduler, latents = copy_scheduler(this.start.scheduler), this.start.latents
         timestep = scheduler.timesteps[0]

@@ -18,12 +18,13 @@ from sd_guard.detection import verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import NoiseLevel, read_level
-from sd_guard.observation import STATISTICS, Observation, StepCall, observe
+from sd_guard.observation import STATISTICS, Observation, StepCall, observe, predicted_image
 from sd_guard.pipelines.escalation import Escalation, Rescue
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_delayed
 from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
+from sd_guard.statistics.sharpness import resemblance
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class Session:
     empty_embeds: Tensor | None = None
     cases: list[Case] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
-    rescued: list[Rescue] = field(default_factory=list)  # images whose new text is not in the loop yet
+    rescued: list[Rescue] = field(default_factory=list)
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
@@ -62,8 +63,11 @@ class Session:
             if step == self.watch.steps[-1]:
                 tensors = self._decide(pipe, tensors)
                 self.start = self.walk = None  # the snapshots have served
+        count = len(pipe.scheduler.timesteps)
+        if step + 1 == count:
+            self._verify(tensors["latents"])
         self._read_level(pipe, step + 1)
-        return self._write_texts(tensors, (step + 1) / len(pipe.scheduler.timesteps))
+        return self._write_texts(tensors, step + 1, count)
 
     def _go_on(self, pipe: Any, tensors: dict[str, Any]) -> Conditioning:
         """Remembers how the loop made this step, for a trajectory to be resumed; returns the step's lanes.
@@ -99,7 +103,16 @@ class Session:
         if not any(case.verdict == "flag" for case in self.cases):
             return tensors
         escalation = Escalation(
-            pipe, self.guard, self.inputs, self.start, self.watch, self.walk, self._empty(), self.cases, spent
+            pipe,
+            self.guard,
+            self.inputs,
+            self.start,
+            self.watch,
+            self.walk,
+            self._empty(),
+            self.cases,
+            spent,
+            predicted_image(self.observations),
         )
         for rescue in escalation.run():
             tensors = self._accept(pipe, rescue, tensors)
@@ -116,19 +129,31 @@ class Session:
         self.rescued.append(rescue)
         return tensors
 
-    def _write_texts(self, tensors: dict[str, Any], share: float) -> dict[str, Any]:
-        """Gives rescued images the text of the next step: the changed one, or none while guidance is delayed."""
-        waiting: list[Rescue] = []
+    def _write_texts(self, tensors: dict[str, Any], step: int, count: int) -> dict[str, Any]:
+        """Gives rescued images their text for step `step`: the changed one, or none while guidance is delayed."""
+        prompt_embeds: Tensor = tensors["prompt_embeds"]
         for rescue in self.rescued:
-            late = is_delayed(rescue.change, share)
-            text = self._empty() if late else rescue.change.prompt_embeds
-            prompt_embeds: Tensor = tensors["prompt_embeds"]
+            if not is_delayed(rescue.change, (step - 1) / count) and step > self.decided_at + 1:
+                continue  # it is in the loop already, and a caller's callback may have changed it since
+            text = self._empty() if is_delayed(rescue.change, step / count) else rescue.change.prompt_embeds
             lane = torch.tensor([prompt_embeds.shape[0] - len(self.cases) + rescue.row], device=prompt_embeds.device)
-            tensors = {**tensors, "prompt_embeds": prompt_embeds.index_copy(0, lane, text.to(prompt_embeds)[None])}
-            if late:
-                waiting.append(rescue)
-        self.rescued = waiting
-        return tensors
+            prompt_embeds = prompt_embeds.index_copy(0, lane, text.to(prompt_embeds)[None])
+        return {**tensors, "prompt_embeds": prompt_embeds}
+
+    def _verify(self, latents: Tensor) -> None:
+        """Blocks rescued images that ended in the flagged picture after all; `latents` are the clean ones."""
+        if not self.rescued:
+            return
+        rows = [rescue.row for rescue in self.rescued]
+        alike = resemblance(latents[rows], predicted_image(self.observations)[rows]).tolist()
+        for row, value in zip(rows, alike, strict=True):
+            self.cases[row].relapsed = not value <= self.guard.policy.max_resemblance
+
+    @property
+    def decided_at(self) -> int:
+        """Index of the deciding step."""
+        assert self.watch is not None
+        return self.watch.steps[-1]
 
     def _read_call(
         self, step: int, timestep: Tensor, tensors: dict[str, Any], lanes: Conditioning, level: NoiseLevel

@@ -19,7 +19,7 @@ The first ten columns, in this order, are a contract with other readers.
 | `reason` | string, nullable | why it was blocked or not scored, one line |
 | `statistics` | list of struct | `step` (from 0), `name`, `point` and `lane` it was taken at, `value` (its own unit) |
 | `attempts` | list of struct | in the order they were made: `mitigation`, `strength` (its own unit), |
-|   |   | `resumed_from_step` (from 0), `score`, `passed`, `prompt` (the rewritten one, nullable) |
+|   |   | `resumed_from_step` (from 0), `score`, `resemblance` ([-1, 1]), `passed`, `prompt` (nullable) |
 | `fingerprint` | string, nullable | model, scheduler, steps, guidance and dtype, from the guard |
 """
 
@@ -77,6 +77,7 @@ SCHEMA: Final = pa.schema(
                         "strength": pa.float64(),
                         "resumed_from_step": pa.int32(),
                         "score": pa.float64(),
+                        "resemblance": pa.float64(),
                         "passed": pa.bool_(),
                         "prompt": pa.string(),
                     }
@@ -105,6 +106,7 @@ class AttemptRow(TypedDict):
     strength: float
     resumed_from_step: int
     score: float
+    resemblance: float
     passed: bool
     prompt: str | None
 
@@ -175,6 +177,7 @@ def record_row(record: GuardRecord, *, prompt: str, family: str | None, seed: in
                 "strength": a.strength,
                 "resumed_from_step": a.resumed_from_step,
                 "score": a.score,
+                "resemblance": a.resemblance,
                 "passed": a.passed,
                 "prompt": a.prompt,
             }

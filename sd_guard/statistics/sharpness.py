@@ -41,3 +41,23 @@ def log_detail_ratio(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
         (B,); about 0 or less for prompts that the model knows no better than no prompt, positive for premature detail.
     """
     return (detail(x0_hat) + _TINY).log() - detail(x0_hat_control).clamp(min=CONTROL_FLOOR).log()
+
+
+def resemblance(x0_hat: Tensor, other: Tensor) -> Tensor:
+    """Cosine of the two predictions' spatial differences: whether they show edges in the same places.
+
+    Insensitive to how faint either picture still is, and to flat colour.
+
+    Args:
+        x0_hat: (B, C, H, W) predicted clean latents.
+        other: (B, C, H, W) likewise.
+
+    Returns:
+        (B,) in [-1, 1]; about 0 for unrelated pictures.
+    """
+    return torch.nn.functional.cosine_similarity(_differences(x0_hat), _differences(other), dim=1)
+
+
+def _differences(x: Tensor) -> Tensor:
+    """(B, N) differences of neighbouring pixels along both axes."""
+    return torch.cat([x.float().diff(dim=axis).flatten(1) for axis in (-1, -2)], dim=1)
