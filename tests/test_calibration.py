@@ -94,8 +94,8 @@ def test_calibrator() -> None:
 
 def test_calibrated_guard() -> None:
     calibration = Calibration(FINGERPRINT, 0.1, 20, (0.1, 0.3), (0.3,), 2, {5: 1.0, 15: 0.25})
-    guard = calibration.apply(Guard(detector=PrematureDetail(threshold=9.0, ordinary=0.5), seed=3))
-    assert guard.detector == PrematureDetail(threshold=0.25, ordinary=0.5)
+    guard = calibration.apply(Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5), seed=3))
+    assert guard.detector == PrematureDetail(threshold=0.25, lid_weight=0.5)
     assert (guard.observe_at, guard.probe_at, guard.probes, guard.seed) == ((0.1, 0.3), (0.3,), 2, 3)
 
 

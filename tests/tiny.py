@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from sd_guard.guard import Guard
 from sd_guard.mitigation import Change, Subject
 from sd_guard.observation import Observation
+from sd_guard.policy import Policy
 
 WIDTH, TOKENS = 32, 16
 TRAINING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -167,7 +168,8 @@ class DetailRatio:
 def watching(threshold: float = math.inf, plan: Any = (Forget(),), **options: Any) -> Guard:
     """A guard that looks at two steps, decides in the middle of sampling, and flags above `threshold`."""
     options = {"observe_at": (0.2, 0.5), "probe_at": (0.5,)} | options
-    return Guard(detector=DetailRatio(threshold), plan=plan, **options)
+    policy = Policy(margin=0.0, max_resemblance=1.0)  # on random weights all predictions look alike
+    return Guard(detector=DetailRatio(threshold), plan=plan, policy=policy, **options)
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

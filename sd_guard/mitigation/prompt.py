@@ -21,8 +21,8 @@ class WordAblation:
     by premature detail: a word that carries a memory brings a picture with it, an ordinary word does not. (Leaving
     words out one at a time tells less: of two names that both carry it, neither is missed.) Then the prompt without
     each short span around the words that stood out: is the prediction still premature, or still the flagged picture,
-    however faint? Shorter spans come first, so that as much of the prompt is kept as can be; among those of one length, the one
-    whose words stood out most. Strength: words removed.
+    however faint? Shorter spans come first, so that as much of the prompt is kept as can be; among those of one length,
+    the one whose words stood out most. Strength: words removed.
 
     Attributes:
         max_words: longest span.

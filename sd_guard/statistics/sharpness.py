@@ -55,7 +55,8 @@ def resemblance(x0_hat: Tensor, other: Tensor) -> Tensor:
     Returns:
         (B,) in [-1, 1]; about 0 for unrelated pictures.
     """
-    return torch.nn.functional.cosine_similarity(_differences(x0_hat), _differences(other), dim=1)
+    cosine = torch.nn.functional.cosine_similarity(_differences(x0_hat), _differences(other), dim=1)
+    return cosine.clamp(-1.0, 1.0)
 
 
 def _differences(x: Tensor) -> Tensor:

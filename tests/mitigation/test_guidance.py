@@ -9,7 +9,7 @@ def test_delayed_guidance_keeps_the_prompt() -> None:
     def unpaid(*_: object) -> list[float]:
         raise AssertionError("it costs no lanes to propose")
 
-    subject = Subject("a dog", embeds, torch.zeros(3, 4), 0, 0.25, unpaid, unpaid, lambda: 0)
+    subject = Subject("a dog", embeds, torch.zeros(3, 4), 0, unpaid, unpaid, lambda: 0)
     changes = list(DelayedGuidance(until=(0.1, 0.4)).propose(subject))
     assert [(change.strength, change.guidance_from, change.prompt) for change in changes] == [
         (0.1, 0.1, None),

@@ -16,26 +16,38 @@ from sd_guard.mitigation.prompt import split_words
 WIDTH = 4
 
 
+PICTURE, BLUR = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
 class World:
-    """A scorer that knows which words carry a memory; embeddings are numbers of prompts."""
+    """A model that knows which words carry a memory: a prompt gives as much of the picture as it is suspicious.
+
+    Embeddings are numbers of prompts; -1 is no prompt, -2 the flagged one.
+    """
 
     def __init__(self, suspicion: Callable[[list[str]], float], budget: int = 10_000) -> None:
         self.suspicion, self.left, self.calls, self.prompts = suspicion, budget, 0, []
+        self.flagged = ""
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         self.prompts += prompts
         first = len(self.prompts) - len(prompts)
         return torch.arange(first, first + len(prompts)).float()[:, None, None].expand(-1, 1, WIDTH)
 
-    def score(self, embeds: Tensor) -> list[float]:
-        self.left -= len(embeds) + (self.calls == 0)  # the control is one lane more, once
+    def predict(self, embeds: Tensor) -> Tensor:
+        self.left -= len(embeds)
         self.calls += 1
-        return [self.suspicion(self.prompts[int(e[0, 0])].split()) for e in embeds]
+        numbers = [int(e[0, 0]) for e in embeds]
+        texts = [{-1: "", -2: self.flagged}.get(number) or self.prompts[number] for number in numbers if number != -1]
+        pictures = iter([self.suspicion(text.split()) for text in texts])
+        return torch.cat([0.1 * BLUR + (0.0 if number == -1 else next(pictures)) * PICTURE for number in numbers])
 
     def subject(self, prompt: str | None, seed: int = 0) -> Subject:
-        embeds = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9))
-        empty = torch.zeros(3, WIDTH)
-        return Subject(prompt, embeds, empty, seed, 0.25, self.encode, self.score, lambda: self.left)
+        self.flagged = prompt or ""
+        embeds = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(9))
+        embeds[0, 0] = -2.0
+        empty = torch.full((1, WIDTH), -1.0)
+        return Subject(prompt, embeds, empty, seed, self.encode, self.predict, lambda: self.left)
 
 
 def planted(*words: str) -> Callable[[list[str]], float]:
@@ -106,7 +118,7 @@ def test_long_prompts_are_bounded_in_lanes(count: int) -> None:
     assert prompt[count // 2] not in left
     assert len(left) >= count - -(-count // 24)
     assert changes[0].strength == count - len(left)
-    assert 10_000 - world.left <= 1 + 24 + 3 * (1 + 2 + 3)
+    assert 10_000 - world.left <= 2 + 24 + 3 * (1 + 2 + 3)
 
 
 @given(st.integers(0, 60), words)
@@ -115,7 +127,7 @@ def test_the_budget_is_kept(budget: int, prompt: list[str]) -> None:
     world = World(lambda rest: 1.0, budget)
     list(WordAblation().propose(world.subject(" ".join(prompt))))
     assert world.left >= 0
-    assert bool(world.calls) == (budget > len(prompt))
+    assert bool(world.calls) == (budget >= len(prompt) + 2)
 
 
 def test_lanes_are_spent_only_as_they_are_asked_for() -> None:
@@ -154,9 +166,7 @@ def test_embedding_noise_has_the_strength_it_says(strength: float, scale: float)
     """In units of the embedding's own deviation, whatever that is."""
     embeds = scale * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     subject = World(planted()).subject("a")
-    subject = Subject(
-        "a", embeds, embeds * 0, 1, subject.ordinary, subject.encode, subject.score_embeds, subject.lanes_left
-    )
+    subject = Subject("a", embeds, embeds * 0, 1, subject.encode, subject.predict, subject.lanes_left)
     (change,) = EmbeddingNoise(strengths=(strength,)).propose(subject)
     moved = (change.prompt_embeds - embeds).std() / embeds.std()
     assert float(moved) == pytest.approx(strength, rel=0.05)
@@ -170,9 +180,8 @@ def test_embedding_noise_keeps_the_dtype() -> None:
         subject.prompt_embeds.bfloat16(),
         subject.empty_embeds,
         1,
-        0.25,
         subject.encode,
-        subject.score_embeds,
+        subject.predict,
         subject.lanes_left,
     )
     (change,) = EmbeddingNoise(strengths=(1.0,)).propose(half)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from tiny import CountLanes, Forget, Identity, seeded, watching
 
 from sd_guard.mitigation import Change, EmbeddingNoise, Subject, WordAblation
+from sd_guard.observation import predicted_image
+from sd_guard.pipelines.session import Session
+from sd_guard.policy import Attempt
 
 STEPS = 6
 PROMPTS = ["a dog on the moon", "x", "blue"]
@@ -140,13 +144,12 @@ def test_subject(guarded: Any, call_name: str) -> None:
         torch.testing.assert_close(subject.empty_embeds, pipe.encode_prompt([""], "cpu", 1, False)[0][0])
         before = subject.lanes_left()
         with CountLanes(pipe.unet) as count:
-            scores = subject.score_embeds(subject.encode(["", PROMPTS[row]]))
-        assert (count.rows, before - subject.lanes_left()) == (3, 3)  # the control once, and a lane a prompt
-        again = subject.score_embeds(subject.encode([PROMPTS[row]]))
+            pictures = subject.predict(subject.encode(["", PROMPTS[row]]))
+        assert (count.rows, before - subject.lanes_left()) == (2, 2)
+        whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
+        torch.testing.assert_close(subject.predict(whole), pictures, rtol=1e-3, atol=1e-3)
         assert before - subject.lanes_left() == 4
-        assert scores[0] == pytest.approx(0.0, abs=1e-4)
-        assert again == pytest.approx(scores[1:], abs=1e-4)
-        assert abs(scores[1]) > 1e-3
+        assert (pictures[0] - pictures[1]).abs().max() > 1e-3
 
 
 def test_embeddings_have_no_text_to_rewrite(guarded: Any) -> None:
@@ -154,3 +157,58 @@ def test_embeddings_have_no_text_to_rewrite(guarded: Any) -> None:
     embeds = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
     output = call(pipe, prompt=None, prompt_embeds=embeds)
     assert [[a.mitigation for a in record.attempts] for record in output.records] == [["forget"]] * 3
+
+
+def test_a_picture_that_is_still_there_is_not_a_pass(guarded: Any) -> None:
+    """A score that passes is not enough: an unchanged trajectory resembles itself fully."""
+    score = call(guarded(watching())).records[0].score
+    guard = watching(score - 1e-3, (Identity(),))
+    generous = call(guarded(replace(guard, detector=Fixed(score - 1e-3, after=-9.0)))).records[0]
+    assert (generous.outcome, generous.attempts[0].passed) == ("rescued", True)
+    assert generous.attempts[0].resemblance == pytest.approx(1.0, abs=1e-4)
+    strict = replace(guard, detector=Fixed(score - 1e-3, after=-9.0)).with_policy(max_resemblance=0.9)
+    record = call(guarded(strict)).records[0]
+    assert (record.outcome, record.attempts[0].passed) == ("blocked", False)
+
+
+def test_a_relapse_at_the_end_is_blocked(guarded: Any) -> None:
+    """Whatever the deciding step said, an image that ends in the flagged picture is not handed out."""
+    pipe = guarded(watching(-math.inf))
+    session_of: list[Any] = []
+    begin = Session.begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "begin", lambda self, *a: (session_of.append(self), begin(self, *a))[1])
+        call(pipe)
+    (session,) = session_of
+    memory = predicted_image(session.observations)
+    session.guard = session.guard.with_policy(max_resemblance=0.5)
+    attempt = Attempt("forget", 1.0, 0, -9.0, 0.0, True, "")
+    session.cases[1].attempts[:] = [attempt]
+    session.rescued[:] = [SimpleNamespace(row=1)]
+    session._verify(torch.randn_like(memory))
+    assert [record.outcome for record in session.records(3)][1] == "rescued"
+    session._verify(0.3 * memory + 5.0)  # a faint copy on another ground
+    assert [record.outcome for record in session.records(3)][1] == "blocked"
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_a_margin_asks_more_of_a_mitigated_image(guarded: Any, margin: float) -> None:
+    guard = replace(watching(0.0, (Identity(),)), detector=Fixed(0.0, before=1.0, after=-0.25)).with_policy(
+        margin=margin
+    )
+    assert call(guarded(guard)).records[0].outcome == ("rescued" if margin == 0.0 else "blocked")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One score for the host's trajectory of three images, another for resumed ones."""
+
+    threshold: float
+    before: float = 9.0
+    after: float = 0.0
+
+    def score(self, observations: Any) -> torch.Tensor:
+        count = len(observations[0].values["log_detail_ratio"])
+        if count == len(PROMPTS):
+            return torch.tensor([self.before, -99.0, -99.0])
+        return torch.full((count,), self.after)
