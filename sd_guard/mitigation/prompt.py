@@ -28,17 +28,17 @@ class WordAblation:
         max_words: longest span.
         suspects: words that spans are built around.
         max_detail: log detail ratio at the first step up to which the rest of a prompt counts as ordinary.
-        max_resemblance: cosine in [-1, 1] up to which the picture counts as gone at the first step, where a memory
-            shows at 0.95 and more, and two blurs resemble each other a little.
+        max_resemblance: up to which the picture counts as gone at the first step: 0 is as little as the prediction
+            without a prompt resembles it, 1 is the picture itself.
     """
 
     max_words: int = 3
     suspects: int = 3
     max_detail: float = 0.3
-    max_resemblance: float = 0.85
+    max_resemblance: float = 0.6
 
     def propose(self, subject: Subject) -> Iterator[Change]:
-        """Spans without which the picture is gone, then the other spans by how ordinary they leave the prompt."""
+        """Spans without which the picture is gone, then the other spans by how far gone it is."""
         if subject.prompt is None:
             return
         pieces = split_words(subject.prompt)
@@ -53,11 +53,12 @@ class WordAblation:
         rests = [" ".join(pieces[:start] + pieces[end:]) for start, end in spans]
         predicted = subject.predict(subject.encode(rests))
         details: list[float] = log_detail_ratio(predicted, control).tolist()
-        alike: list[float] = resemblance(predicted, flagged.expand_as(predicted)).tolist()
+        anyway = resemblance(control, flagged).clamp(max=0.99)
+        alike: list[float] = ((resemblance(predicted, flagged.expand_as(predicted)) - anyway) / (1 - anyway)).tolist()
         found: list[tuple[bool, float, float, str]] = []
         for (start, end), ratio, near, rest in zip(spans, details, alike, rests, strict=True):
             gone = ratio <= self.max_detail and near <= self.max_resemblance
-            found.append((not gone, end - start if gone else ratio, -sum(alone[start:end]), rest))
+            found.append((not gone, end - start if gone else near, -sum(alone[start:end]), rest))
         for _, _, _, rest in sorted(found):
             removed = len(subject.prompt.split()) - len(rest.split())
             yield Change("word_ablation", float(removed), subject.encode([rest])[0], rest)
