@@ -86,7 +86,6 @@ def figures() -> str:
     """The whole section."""
     truth, detection, mitigation, overhead = (load(n) for n in ("reference", "detection", "mitigation", "overhead"))
     report, place = truth["report"], detection["provenance"]
-    unseen, unseen_truth = load("detection_unseen")["report"], load("reference_unseen")["report"]
     speed = ", ".join(f"{line['ratio_median']:.3f} at batch {line['batch']}" for line in overhead["batches"])
     return "\n\n".join(
         (
@@ -98,13 +97,12 @@ def figures() -> str:
             f"{percent(report['reads_as_caption']['novel'])} of novel images read as their caption.",
             "*Detection*, AUROC / TPR at 1 % FPR:",
             detection_table(detection),
-            "The same threshold on a checkpoint that nothing was tuned on (v-prediction, linear betas, another world, "
-            f"{percent(unseen_truth['verbatim_reproduced'])} of verbatim and "
-            f"{percent(unseen_truth['template_reproduced'])} of template prompts reproduced): "
-            f"verbatim against novel and plain {cell(unseen['default']['verbatim / novel + plain'])}, template "
-            f"{cell(unseen['default']['template / novel + plain'])}; flagged "
-            + ", ".join(f"{family} {percent(value)}" for family, value in unseen["flagged_by_default"].items())
-            + ".",
+            "Flagged by the default threshold: "
+            + ", ".join(
+                f"{family} {percent(value)}" for family, value in detection["report"]["flagged_by_default"].items()
+            )
+            + f", for {detection['cost']['extra_lanes_an_image']} extra lane evaluations an image of "
+            f"{detection['cost']['lanes_an_image']}.",
             "*Mitigation*, the default plan; the oracle is the rare phrase removed by hand:",
             mitigation_table(mitigation),
             f"*Time*, guarded over unguarded with nothing flagged: {speed} "
