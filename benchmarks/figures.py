@@ -31,7 +31,7 @@ def percent(value: float | None) -> str:
 
 def cell(judged: dict[str, float]) -> str:
     """AUROC and TPR of one question."""
-    return f"{judged['auroc']:.3f} / {judged['tpr_at_1_fpr']:.2f}"
+    return f"{judged['auroc']:.4f} / {judged['tpr_at_1_fpr']:.2f}"
 
 
 def detection_table(result: dict[str, Any], split: str = "report") -> str:
