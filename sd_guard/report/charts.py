@@ -90,7 +90,8 @@ def _largest(families: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
 def _axis(scores: Sequence[float]) -> tuple[float, float, list[float]]:
     """Limits at round numbers, and four to eight ticks from one to the other."""
     low, high = min(scores), max(scores)
-    span = high - low or abs(high) or 1.0
+    # No narrower than a float64 can be cut into bins.
+    span = max(high - low or abs(high) or 1.0, 1e-9 * max(abs(low), abs(high)), 1e-9)
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 6)
     first, last = math.floor(low / step), math.floor(high / step) + 1

@@ -83,6 +83,7 @@ def hostile(tmp_path: Path) -> tuple[Reader, str]:
         "strength": 1.0,
         "resumed_from_step": 2,
         "score": float("nan"),
+        "resemblance": 0.9,
         "passed": False,
         "prompt": "<script>rewritten</script>",
     }

@@ -36,7 +36,13 @@ def record(**changes: Any) -> Any:
             "statistics": (SimpleNamespace(step=4, name="detail", point="x_t", lane="cond", value=1.5),),
             "attempts": (
                 SimpleNamespace(
-                    mitigation="rewrite", strength=1.0, resumed_from_step=0, score=0.1, passed=True, prompt="a cat"
+                    mitigation="rewrite",
+                    strength=1.0,
+                    resumed_from_step=0,
+                    score=0.1,
+                    resemblance=0.2,
+                    passed=True,
+                    prompt="a cat",
                 ),
             ),
             "extra_lanes": 12,
