@@ -22,6 +22,8 @@ from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.reference.reader import reads_as
 
+SEEDS = 3  # images a memorized prompt, which are few; one of every other
+
 
 def generate_guarded(
     pipe: GuardedStableDiffusionPipeline, prompts: list[str]
@@ -51,7 +53,8 @@ def main() -> None:
     parser.add_argument("--split", default="report", choices=("tune", "report"))
     args = parser.parse_args()
     folder: Path = args.checkpoint
-    rows = [row for row in load_truth(folder) if row["split"] == args.split]
+    times = {"verbatim": SEEDS, "template": SEEDS}
+    rows = [row for row in load_truth(folder) if row["split"] == args.split for _ in range(times.get(row["family"], 1))]
     prompts = [row["prompt"] for row in rows]
     plain = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     before = list(generate(plain, prompts, first_seed=0))
