@@ -89,8 +89,8 @@ def figures() -> str:
     speed = ", ".join(f"{line['ratio_median']:.3f} at batch {line['batch']}" for line in overhead["batches"])
     return "\n\n".join(
         (
-            "All on `report` rows, one image a prompt (mitigation: three of a memorized one), 50 DDIM steps, guidance 7.5; "
-            "thresholds chosen on `tune` rows. "
+            "All on `report` rows, one image a prompt (mitigation: three of a memorized one), 50 DDIM steps, "
+            "guidance 7.5; thresholds chosen on `tune` rows. "
             f"{place['machine']}, {place['threads']} threads, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`.",
             f"*The reference.* {percent(report['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
