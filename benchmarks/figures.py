@@ -82,6 +82,22 @@ def mitigation_table(result: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def pooled(*results: dict[str, Any]) -> str:
+    """Verbatim images of several runs together: one run of twenty prompts says little."""
+    rows = [result["verbatim"] for result in results]
+    images = sum(row["images"] for row in rows)
+    copies = sum(round(row["copies_after"] * row["images"]) for row in rows)
+    blocked = sum(row["outcomes"].get("blocked", 0) for row in rows)
+    one = rows[-1]
+    return (
+        "It varies with the seeds: an earlier run of the same guard, with one other seed a prompt "
+        f"(`mitigation_one_seed.json`), left {percent(one['copies_after'])} verbatim copies and blocked "
+        f"{percent(one['outcomes']['blocked'] / one['images'])}. "
+        f"Both runs together: {copies} copies ({percent(copies / images)}) and {blocked} blocked "
+        f"({percent(blocked / images)}) of {images} images. The targets were 5 % and 10 %."
+    )
+
+
 def figures() -> str:
     """The whole section."""
     truth, detection, mitigation, overhead = (load(n) for n in ("reference", "detection", "mitigation", "overhead"))
@@ -106,6 +122,7 @@ def figures() -> str:
             f"{detection['cost']['lanes_an_image']}.",
             "*Mitigation*, the default plan; the oracle is the rare phrase removed by hand:",
             mitigation_table(mitigation),
+            pooled(mitigation, load("mitigation_one_seed")),
             f"*Time*, guarded over unguarded with nothing flagged: {speed} "
             f"({overhead['batches'][0]['extra_lanes_an_image']} extra lanes on 100).",
         )

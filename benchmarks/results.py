@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "results"
 
 def provenance() -> dict[str, Any]:
     """Where a result was measured."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     packages = ("torch", "diffusers", "transformers", "numpy")
     return {
         "machine": processor(),
