@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sd_guard.lanes import Conditioning, Unet, evaluate_lanes
-from sd_guard.noise import NoiseLevel, PredictionType, interpret
+from sd_guard.lanes import Unet, evaluate_lanes
+from sd_guard.noise import PredictionType, interpret
+from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import probe_products, trajectory_lid
 from sd_guard.statistics.sharpness import detail, log_detail_ratio
@@ -28,29 +29,6 @@ STATISTICS: Mapping[str, tuple[str, str]] = {
     "trajectory_lid": ("noisy", "conditional"),
     "trajectory_lid_control": ("noisy", "control"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class StepCall:
-    """One UNet call of a sampler, read off its loop.
-
-    Attributes:
-        step: index into the scheduler's timesteps.
-        timestep: scalar tensor.
-        level: noise level of `x`.
-        x: (B, C, H, W) UNet input.
-        conditional: (B, C, H, W) raw output of the prompt's lanes.
-        control: (B, C, H, W) raw output of the lanes without a prompt; None where the sampler has none.
-        lanes: 2B rows, the control's first.
-    """
-
-    step: int
-    timestep: Tensor
-    level: NoiseLevel
-    x: Tensor
-    conditional: Tensor
-    control: Tensor | None
-    lanes: Conditioning
 
 
 @dataclass(frozen=True, slots=True)

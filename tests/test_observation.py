@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import PredictionType
-from sd_guard.observation import STATISTICS, StepCall, observe
+from sd_guard.observation import STATISTICS, observe
+from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail, log_detail_ratio
 
 SCHEDULE = DDIMScheduler(**TRAINING)

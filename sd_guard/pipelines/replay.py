@@ -14,9 +14,10 @@ from torch import Tensor
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.mitigation import Change
 from sd_guard.noise import read_level
-from sd_guard.observation import Observation, StepCall, observe
+from sd_guard.observation import Observation, observe
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.snapshots import fork_generators, select_images
+from sd_guard.statistics.base import StepCall
 
 
 @dataclass(frozen=True, slots=True)

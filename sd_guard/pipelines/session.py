@@ -18,12 +18,13 @@ from sd_guard.detection import verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import NoiseLevel, read_level
-from sd_guard.observation import STATISTICS, Observation, StepCall, observe, predicted_image
+from sd_guard.observation import STATISTICS, Observation, observe, predicted_image
 from sd_guard.pipelines.escalation import Escalation, Rescue
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_delayed
 from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
+from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.sharpness import resemblance
 
 
