@@ -1,7 +1,23 @@
 """Thresholds at a stated false-positive rate, from benign prompts, for one configuration.
 
-Split conformal: with n exchangeable benign scores, the ceil((n + 1)(1 - alpha))-th smallest is exceeded by a new benign
-score with probability at most alpha (Vovk et al. 2005; Angelopoulos and Bates 2021, arXiv 2107.07511, section 1).
+Split conformal (Vovk et al. 2005; Angelopoulos and Bates 2021, arXiv 2107.07511, section 1). With n benign scores and
+k = ceil((n + 1)(1 - alpha)), the k-th smallest is the threshold. Where a new benign score is exchangeable with the n,
+
+    P(new score > threshold) <= (n + 1 - k) / (n + 1) <= alpha,
+
+the first with equality where no two scores tie. What that does and does not say:
+
+- It is marginal: over the draw of the benign prompts and of the new one together. The rate of *one* calibration
+  scatters around it, as Beta(n + 1 - k, k) where scores are continuous (ibid., section 3.2); more prompts narrow it.
+- Exchangeable means: prompts of the kind that will be screened, in the same configuration. Another model, scheduler or
+  guidance is refused by the fingerprint; other prompts are for `sd_guard.drift` to notice.
+- It holds for the threshold of each step by itself, not for all of them at once; a guard decides by the last.
+- Images of one prompt are not exchangeable with those of another. Of s images each, prompts are what is counted:
+  k = ceil((n + s)(1 - alpha)) of the n scores keeps the guarantee for a random image of a new prompt (hierarchical
+  conformal prediction, Lee, Barber and Willett 2023, arXiv 2306.06342, with groups of equal size).
+
+Labelled memorized prompts choose the weight of the LID in the score. They choose it on every other benign prompt, and
+the remaining ones set the threshold: what chose the score has no part in the threshold, so the guarantee is the same.
 """
 
 from __future__ import annotations
@@ -11,13 +27,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from sd_guard.detection import Detector
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.observation import Observation
+
+LID_WEIGHTS = (0.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # tried beside the detector's own, where memorized prompts are given
+
+Trajectory: TypeAlias = "list[Observation]"  # of one image, in the order of its steps; empty for an unscored one
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +53,8 @@ class Calibration:
         probe_at: likewise.
         probes: likewise.
         thresholds: step to threshold of the score of the observations up to that step.
+        lid_weight: of the detector that scored them; None where it has none, or where an older file does not say.
+        benign_scores: at the deciding step, ascending, one a prompt; empty in an older file.
     """
 
     fingerprint: Fingerprint
@@ -41,11 +64,21 @@ class Calibration:
     probe_at: tuple[float, ...]
     probes: int
     thresholds: Mapping[int, float]
+    lid_weight: float | None = None
+    benign_scores: tuple[float, ...] = ()
 
     def apply(self, guard: Guard) -> Guard:
-        """The guard with this threshold, and looking where the benign images were looked at."""
+        """The guard with this threshold, looking where the benign images were looked at and scoring as they were.
+
+        Raises:
+            ValueError: the guard's detector cannot score as they were.
+        """
+        settings = {"threshold": self.thresholds[max(self.thresholds)]}
+        if self.lid_weight is not None:
+            _check_lid_weight(guard.detector, "the calibration was made for a detector that has one")
+            settings["lid_weight"] = self.lid_weight
         watch = replace(guard, observe_at=self.observe_at, probe_at=self.probe_at, probes=self.probes)
-        return replace(watch, detector=replace(guard.detector, threshold=self.thresholds[max(self.thresholds)]))  # type: ignore[type-var]
+        return replace(watch, detector=replace(guard.detector, **settings))  # type: ignore[type-var]
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raises ValueError where a call's configuration is not the calibrated one."""
@@ -56,8 +89,11 @@ class Calibration:
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Writes JSON; whatever interrupts it, the file is as it was or complete."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -73,7 +109,8 @@ class Calibration:
             if not thresholds:
                 raise ValueError("no thresholds")
             shares = {name: tuple(content.pop(name)) for name in ("observe_at", "probe_at")}
-            return cls(fingerprint=fingerprint, thresholds=thresholds, **shares, **content)
+            benign = tuple(float(score) for score in content.pop("benign_scores", ()))
+            return cls(fingerprint=fingerprint, thresholds=thresholds, benign_scores=benign, **shares, **content)
         except OSError as error:
             raise ValueError(f"calibration {str(path)!r} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -84,40 +121,43 @@ class Calibration:
 
 @dataclass(slots=True)
 class Calibrator:
-    """Takes the records of benign images, and yields a calibration.
+    """Takes the records of benign images, and of memorized ones where some are known, and yields a calibration.
 
     Attributes:
         guard: that scored them.
         fingerprint: of the configuration.
         false_positive_rate: alpha, in (0, 1).
-        scores: step to scores so far.
+        images_per_prompt: each prompt's, its records side by side.
+        benign: what was seen of each image so far.
+        memorized: likewise.
     """
 
     guard: Guard
     fingerprint: Fingerprint
     false_positive_rate: float = 0.01
-    scores: dict[int, list[float]] = field(default_factory=dict)
+    images_per_prompt: int = 1
+    benign: list[Trajectory] = field(default_factory=list)
+    memorized: list[Trajectory] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuses a rate that no threshold can have."""
-        if not 0 < self.false_positive_rate < 1:
-            raise ValueError(f"false_positive_rate={self.false_positive_rate} must be above 0 and below 1")
+        check_rate("false_positive_rate", self.false_positive_rate)
+        if self.images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt={self.images_per_prompt} is below 1: give each prompt's images")
 
-    def update(self, records: Iterable[GuardRecord]) -> None:
-        """Adds images; unscored ones are left out.
+    def update(self, records: Iterable[GuardRecord], *, memorized: bool = False) -> None:
+        """Adds images, benign ones or labelled memorized ones; unscored ones count for nothing.
 
         Raises:
-            ValueError: a record of another configuration.
+            ValueError: a record of another configuration, or a detector that has nothing to be chosen.
         """
+        if memorized:
+            _check_lid_weight(self.guard.detector, "memorized prompts choose it; calibrate without them")
         for record in records:
             if record.fingerprint != self.fingerprint.digest:
                 raise ValueError(f"record of configuration {record.fingerprint}, not {self.fingerprint.digest}")
-            if record.outcome == "unscored":
-                continue
-            seen = observations_of(record)
-            for count in range(1, len(seen) + 1):
-                score = float(self.guard.detector.score(seen[:count])[0])
-                self.scores.setdefault(seen[count - 1].step, []).append(score)
+            seen = [] if record.outcome == "unscored" else observations_of(record)
+            (self.memorized if memorized else self.benign).append(seen)
 
     def finish(self) -> Calibration:
         """The calibration.
@@ -125,38 +165,86 @@ class Calibrator:
         Raises:
             ValueError: too few images for the rate.
         """
-        images = len(next(iter(self.scores.values()), []))
-        thresholds = {
-            step: conformal_threshold(scores, self.false_positive_rate) for step, scores in self.scores.items()
-        }
-        if not thresholds:
-            raise ValueError("no benign images were given: update the calibrator with records first")
-        guard = self.guard
+        self._check_enough()
+        guard, alpha, each = self.guard, self.false_positive_rate, self.images_per_prompt
+        choosing = any(self.memorized)
+        detector = self._choose() if choosing else guard.detector
+        benign = self._half(1) if choosing else self.benign
+        scores = {step: _scores(detector, benign, step) for step in sorted({seen.step for t in benign for seen in t})}
+        firsts = _scores(detector, benign[::each], max(scores))
         return Calibration(
-            self.fingerprint,
-            self.false_positive_rate,
-            images,
-            guard.observe_at,
-            guard.probe_at,
-            guard.probes,
-            thresholds,
+            fingerprint=self.fingerprint,
+            false_positive_rate=alpha,
+            images=sum(map(bool, benign)),
+            observe_at=guard.observe_at,
+            probe_at=guard.probe_at,
+            probes=guard.probes,
+            thresholds={step: conformal_threshold(own, alpha, per_prompt=each) for step, own in scores.items()},
+            lid_weight=getattr(detector, "lid_weight", None),
+            benign_scores=tuple(sorted(firsts)),
         )
 
+    def _check_enough(self) -> None:
+        scored = sum(map(bool, self.benign))
+        if not scored:
+            raise ValueError("no benign images were given: update the calibrator with records first")
+        choosing = any(self.memorized)
+        needed = prompts_needed(self.false_positive_rate, choosing=choosing) * self.images_per_prompt
+        if scored < needed:
+            halves = ", half of them to choose by the memorized ones" if choosing else ""
+            raise ValueError(
+                f"{scored} benign images cannot give a false-positive rate of {self.false_positive_rate:g}: "
+                f"at least {needed} are needed{halves}"
+            )
 
-def conformal_threshold(scores: Sequence[float], false_positive_rate: float) -> float:
+    def _half(self, which: int) -> list[Trajectory]:
+        """Every other prompt with all its images: the place in the list decides, never a score."""
+        return [seen for place, seen in enumerate(self.benign) if place // self.images_per_prompt % 2 == which]
+
+    def _choose(self) -> Detector:
+        """The detector whose weight of the LID flags most memorized images at the rate; in doubt, as it was."""
+        own, benign = self.guard.detector, self._half(0)
+        step = max(seen.step for t in self.benign for seen in t)
+
+        def true_positives(detector: Detector) -> int:
+            scores = _scores(detector, benign, step)
+            line = conformal_threshold(scores, self.false_positive_rate, per_prompt=self.images_per_prompt)
+            return sum(score > line for score in _scores(detector, self.memorized, step))
+
+        others = [replace(own, lid_weight=weight) for weight in LID_WEIGHTS]  # type: ignore[type-var]
+        return max((own, *others), key=true_positives)
+
+
+def conformal_threshold(scores: Sequence[float], false_positive_rate: float, *, per_prompt: int = 1) -> float:
     """The score that a new exchangeable benign one exceeds with probability at most `false_positive_rate`.
 
+    Args:
+        scores: n benign ones.
+        false_positive_rate: alpha, in (0, 1).
+        per_prompt: how many of them each prompt has.
+
     Raises:
-        ValueError: fewer than 1 / alpha - 1 scores.
+        ValueError: scores of fewer than 1 / alpha - 1 prompts.
     """
-    rank = math.ceil((len(scores) + 1) * (1 - false_positive_rate) - 1e-9)
+    rank = math.ceil((len(scores) + per_prompt) * (1 - false_positive_rate) - 1e-9)
     if rank > len(scores):
-        needed = math.ceil(1 / false_positive_rate - 1 - 1e-9)
+        needed = prompts_needed(false_positive_rate) * per_prompt
         raise ValueError(
             f"{len(scores)} benign images cannot give a false-positive rate of {false_positive_rate:g}: "
             f"at least {needed} are needed"
         )
     return sorted(scores)[rank - 1]
+
+
+def prompts_needed(false_positive_rate: float, *, choosing: bool = False) -> int:
+    """Benign prompts that the rate needs at least; twice as many where memorized ones are to choose by half of them."""
+    return math.ceil(1 / false_positive_rate - 1 - 1e-9) * (2 if choosing else 1)
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raises ValueError unless the false-positive rate, called `name`, is in (0, 1)."""
+    if not 0 < rate < 1:
+        raise ValueError(f"{name}={rate} must be above 0 and below 1")
 
 
 def observations_of(record: GuardRecord) -> list[Observation]:
@@ -165,3 +253,13 @@ def observations_of(record: GuardRecord) -> list[Observation]:
     for statistic in record.statistics:
         steps.setdefault(statistic.step, {})[statistic.name] = torch.tensor([statistic.value])
     return [Observation(step, record.dimension, values, 0) for step, values in sorted(steps.items())]
+
+
+def _scores(detector: Detector, trajectories: Iterable[Trajectory], step: int) -> list[float]:
+    """Of what was seen of each scored image up to a step."""
+    return [float(detector.score([seen for seen in t if seen.step <= step])[0]) for t in trajectories if t]
+
+
+def _check_lid_weight(detector: Detector, why: str) -> None:
+    if not hasattr(detector, "lid_weight"):
+        raise ValueError(f"{type(detector).__name__} has no lid_weight: {why}")

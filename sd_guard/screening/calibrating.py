@@ -1,0 +1,277 @@
+"""Calibrates a model on a list of benign prompts: the engine of `sd-guard calibrate`.
+
+Images are sampled only up to the step that decides, and never decoded. Finished batches are kept beside the calibration
+until that is written: whatever ends the work, no more than the batch in flight is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sd_guard.screening.loading import first_line
+from sd_guard.screening.prompts import MAX_SEED, PromptRow, read_prompts
+from sd_guard.screening.records import write_atomic
+from sd_guard.screening.runner import Job, Pipeline
+from sd_guard.screening.settings import ModelSettings, RunSettings, package_version
+
+if TYPE_CHECKING:
+    from sd_guard.calibration import Calibration
+    from sd_guard.guard import GuardRecord
+
+SETTINGS_FILE: Final = "settings.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """One calibration.
+
+    Attributes:
+        prompts: Benign prompts, `.txt`, `.csv` or `.jsonl`; of the kind that will be screened.
+        out: The calibration file to write.
+        model: The model and its sampling; without a calibration.
+        memorized: Prompts known to be memorized, or None; they choose how the score weighs its parts.
+        false_positive_rate: Alpha, in (0, 1).
+        seeds: Images a prompt, >= 1.
+        seed: Of the first image of prompts without their own, in [0, 2**63); each further image has the next.
+        batch_size: Images a batch, >= 1; may be another when resumed.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    prompts: Path
+    out: Path
+    model: ModelSettings
+    memorized: Path | None = None
+    false_positive_rate: float = 0.01
+    seeds: int = 1
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks what needs no file."""
+        if not 0 < self.false_positive_rate < 1:
+            raise ValueError(f"--false-positive-rate is {self.false_positive_rate}; use a number above 0 and below 1")
+        if self.model.calibration is not None:
+            raise ValueError(f"{self.model.calibration}: a calibration is made without one; leave --calibration out")
+        self._as_run()
+
+    @property
+    def partial(self) -> Path:
+        """The folder of what is done so far."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+    def configuration(self) -> dict[str, Any]:
+        """What decides the scores: resumed work must have the same."""
+        memorized = None if self.memorized is None else hashlib.sha256(self.memorized.read_bytes()).hexdigest()
+        return {**self._as_run().configuration(), "memorized": memorized, "version": package_version("sd-guard")}
+
+    def _as_run(self) -> RunSettings:
+        """Checks `seeds`, `seed` and `batch_size` as a run does."""
+        return RunSettings(
+            prompts=self.prompts,
+            out=self.out,
+            model=self.model,
+            seeds=self.seeds,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPlan:
+    """A checked calibration: its images, the benign ones first."""
+
+    settings: CalibrationSettings
+    jobs: tuple[Job, ...]
+    benign: int
+
+
+def plan_calibration(settings: CalibrationSettings, *, resume: bool = False) -> CalibrationPlan:
+    """Reads the prompts and opens the folder of finished batches; no model is loaded.
+
+    Prompts that are repeated count once: their scores say no more than those of one.
+
+    Raises:
+        ValueError: If prompts cannot be read or are too few for the rate, a prompt is on both lists, `out` exists, or
+            `resume` finds other settings.
+    """
+    benign = _distinct(settings.prompts)
+    memorized = [] if settings.memorized is None else _distinct(settings.memorized)
+    _check_enough(settings, len(benign))
+    both = {row.prompt for row in benign} & {row.prompt for row in memorized}
+    if both:
+        raise ValueError(f"{settings.memorized}: {min(both)!r} is also in {settings.prompts}; a prompt is one or other")
+    jobs = tuple(_expand([*benign, *memorized], settings))
+    _open_partial(settings, resume=resume)
+    return CalibrationPlan(settings, jobs, len(benign) * settings.seeds)
+
+
+def calibrate(plan: CalibrationPlan, load: Callable[[ModelSettings], Pipeline]) -> Calibration:
+    """Scores what has no record yet, writes the calibration, and removes the folder of finished batches.
+
+    Args:
+        plan: Of `plan_calibration`.
+        load: Makes the pipeline, guard enabled.
+
+    Raises:
+        ValueError: If the model raises on a batch, or too many images could not be scored; what is done is kept.
+    """
+    from sd_guard.calibration import Calibrator
+    from sd_guard.fingerprint import take_fingerprint
+
+    settings, model = plan.settings, plan.settings.model
+    pipe = load(model)
+    guard = pipe.guard
+    records = _score_missing(pipe, plan)
+    fingerprint = take_fingerprint(pipe, steps=model.steps, guidance_scale=model.guidance_scale)
+    calibrator = Calibrator(guard, fingerprint, settings.false_positive_rate, settings.seeds)
+    calibrator.update(records[: plan.benign])
+    calibrator.update(records[plan.benign :], memorized=True)
+    calibration = calibrator.finish()
+    calibration.save(settings.out)
+    shutil.rmtree(settings.partial)
+    return calibration
+
+
+def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any) -> list[GuardRecord]:
+    """One batch, scored and no more: sampling ends after the deciding step, nothing is mitigated or decoded.
+
+    Args:
+        pipe: A guarded pipeline; its guard is put back afterwards, but no calibration that came with it.
+        prompts: B prompts.
+        seeds: Of their images' own generators.
+        arguments: Further ones of the pipeline's call, such as `num_inference_steps`.
+
+    Returns:
+        B records.
+    """
+    import torch
+
+    from sd_guard.policy import Policy
+
+    guard = pipe.guard
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= guard.steps(len(pipe.scheduler.timesteps))[0][-1]  # the host's own way to end early
+        return tensors
+
+    pipe.enable_guard(replace(guard, policy=Policy(max_attempts=0, on_failure="keep")))
+    try:
+        output = pipe(
+            prompt=list(prompts),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="latent",
+            callback_on_step_end=stop,
+            **arguments,
+        )
+    finally:
+        pipe.enable_guard(guard)
+    return output.records
+
+
+def _score_missing(pipe: Pipeline, plan: CalibrationPlan) -> list[GuardRecord]:
+    """All records, in the order of the jobs; each batch is written as soon as it is there."""
+    from tqdm import tqdm
+
+    settings, model = plan.settings, plan.settings.model
+    arguments: dict[str, Any] = {"num_inference_steps": model.steps, "guidance_scale": model.guidance_scale}
+    arguments |= {name: size for name, size in (("height", model.height), ("width", model.width)) if size is not None}
+    done = _read_batches(settings.partial)
+    todo = [job for job in plan.jobs if job.index not in done]
+    with tqdm(total=len(plan.jobs), initial=len(done), desc="calibrating", unit="image") as bar:
+        for start in range(0, len(todo), settings.batch_size):
+            jobs = todo[start : start + settings.batch_size]
+            try:
+                records = score_prompts(pipe, [job.prompt for job in jobs], [job.seed for job in jobs], **arguments)
+            except Exception as error:  # out of memory, or whatever the model raises
+                raise ValueError(
+                    f"a batch of {len(jobs)} images could not be scored ({first_line(error)}); go on with --resume, "
+                    "and with a smaller --batch-size if memory ran out"
+                ) from error
+            batch = {job.index: record for job, record in zip(jobs, records, strict=True)}
+            _write_batch(settings.partial, batch)
+            done |= batch
+            bar.update(len(batch))
+    return [done[job.index] for job in plan.jobs]
+
+
+def _write_batch(folder: Path, batch: dict[int, GuardRecord]) -> None:
+    content = {index: asdict(record) for index, record in batch.items()}
+    write_atomic(folder / f"{min(batch):08d}.json", json.dumps(content).encode())
+
+
+def _read_batches(folder: Path) -> dict[int, GuardRecord]:
+    from sd_guard.guard import GuardRecord, StatisticValue
+
+    records: dict[int, GuardRecord] = {}
+    for path in sorted(folder.glob("[0-9]*.json")):
+        try:
+            for index, content in json.loads(path.read_bytes()).items():
+                content["statistics"] = tuple(StatisticValue(**value) for value in content["statistics"])
+                content["attempts"] = ()  # nothing was mitigated
+                records[int(index)] = GuardRecord(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: is damaged ({first_line(error)}); remove it and resume") from error
+    return records
+
+
+def _distinct(path: Path) -> list[PromptRow]:
+    """The rows of a list, the first of those with the same prompt."""
+    rows: dict[str, PromptRow] = {}
+    for row in read_prompts(path):
+        rows.setdefault(row.prompt, row)
+    return [*rows.values()]
+
+
+def _expand(rows: Sequence[PromptRow], settings: CalibrationSettings) -> Iterator[Job]:
+    """Prompts x seeds, each image at a seed of its own: images that share their noise are not independent."""
+    for place, row in enumerate(rows):
+        start = settings.seed + place * settings.seeds if row.seed is None else row.seed
+        if start > MAX_SEED - settings.seeds + 1:
+            raise ValueError(f"seed {start} with --seeds {settings.seeds} would exceed {MAX_SEED}; use smaller seeds")
+        for image in range(settings.seeds):
+            yield Job(place * settings.seeds + image, row.prompt, row.family, start + image)
+
+
+def _check_enough(settings: CalibrationSettings, prompts: int) -> None:
+    from sd_guard.calibration import prompts_needed
+
+    choosing = settings.memorized is not None
+    needed = prompts_needed(settings.false_positive_rate, choosing=choosing)
+    if prompts < needed:
+        halves = " with --memorized, half of them to choose by it" if choosing else ""
+        raise ValueError(
+            f"{settings.prompts}: has {prompts} different prompts, and --false-positive-rate "
+            f"{settings.false_positive_rate:g} needs at least {needed}{halves}; add prompts, or use a higher rate"
+        )
+
+
+def _open_partial(settings: CalibrationSettings, *, resume: bool) -> None:
+    """Makes the folder of finished batches, or checks that it may be gone on with."""
+    out, partial, configuration = settings.out, settings.partial, settings.configuration()
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent}: no such folder; make it first")
+    if out.exists() and not (resume and partial.is_dir()):  # both are there when the end of the work was cut off
+        raise ValueError(f"{out}: exists already; name another file with --out")
+    if not partial.exists():
+        write_atomic(partial / SETTINGS_FILE, json.dumps(configuration, indent=2).encode())
+        return
+    if not resume:
+        raise ValueError(f"{partial}: holds unfinished work; add --resume to go on with it, or remove it")
+    try:
+        started: dict[str, Any] = dict(json.loads((partial / SETTINGS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{partial}: cannot be gone on with ({first_line(error)}); remove it and start anew"
+        ) from error
+    keys = [key for key in {**started, **configuration} if started.get(key) != configuration.get(key)]
+    if keys:
+        changes = ", ".join(f"{key} was {started.get(key)!r}, now {configuration.get(key)!r}" for key in keys)
+        raise ValueError(f"{partial}: was started otherwise ({changes}); resume it unchanged, or remove it")
