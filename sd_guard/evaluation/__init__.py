@@ -1,0 +1,1 @@
+"""How well each statistic tells memorized prompts from others: measured on labelled prompts, with its cost."""

@@ -1,0 +1,106 @@
+"""What an evaluation is asked to do: checked before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from sd_guard.screening.prompts import PromptRow
+from sd_guard.screening.settings import ModelSettings, RunSettings
+
+Kind: TypeAlias = Literal["verbatim", "template", "memorized", "plain", "novel"]
+
+DEFAULT_SHARES: Final = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.4, 1.0)
+MEMORIZED: Final[tuple[Kind, ...]] = ("verbatim", "template", "memorized")
+OTHER: Final[tuple[Kind, ...]] = ("plain", "novel")
+
+# What prompt lists call their families, in lower case with `_` for spaces and hyphens. Matching, retrieval and template
+# verbatim are Webster's (2023, arXiv 2305.08694): the first two give back one image, the last a part of one.
+FAMILIES: Final[Mapping[str, Kind]] = {
+    **dict.fromkeys(("verbatim", "vm", "mv", "matching_verbatim", "rv", "retrieval_verbatim"), "verbatim"),
+    **dict.fromkeys(("template", "tm", "tv", "template_verbatim"), "template"),
+    **dict.fromkeys(("memorized", "memorised"), "memorized"),
+    "plain": "plain",
+    **dict.fromkeys(("novel", "other", "ordinary", "benign", "unmemorized", "unmemorised", "not_memorized"), "novel"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSettings:
+    """One evaluation: labelled prompts x seeds, each statistic, one model.
+
+    Attributes:
+        prompts: `.csv` or `.jsonl` with the columns `prompt` and `family` (a key of `FAMILIES`); `seed` is optional.
+        out: The folder to write.
+        model: The model and its sampling; guidance above 1, and images of the model's own size.
+        statistics: Names; None for all that `seeds` allows.
+        seeds: Images a prompt, >= 1; the table has one image of them, and all of them together.
+        observe_at: Shares of the schedule in [0, 1], 1 being the last step, for statistics with no step of their own.
+        batch_size: Images a batch, >= 1; a resumed evaluation may change it.
+        resume: Go on with an evaluation that was ended.
+
+    Raises:
+        ValueError: If a value is out of its range, or the extra `eval` is not installed.
+    """
+
+    prompts: Path
+    out: Path
+    model: ModelSettings
+    statistics: tuple[str, ...] | None = None
+    seeds: int = 1
+    observe_at: tuple[float, ...] = DEFAULT_SHARES
+    batch_size: int = 16
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every value that can be checked without torch."""
+        _ = self.run
+        if self.model.guidance_scale <= 1:
+            raise ValueError(f"--guidance-scale is {self.model.guidance_scale}; statistics need it above 1")
+        if self.model.height is not None or self.model.width is not None:
+            raise ValueError("an evaluation samples at the model's own size; leave --height and --width out")
+        if not self.observe_at or not all(0 <= share <= 1 for share in self.observe_at):
+            raise ValueError(f"observe_at is {self.observe_at}; give shares of the schedule in [0, 1], at least one")
+        missing = [name for name in ("matplotlib", "sklearn") if find_spec(name) is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} not installed; pip install 'sd-guard[eval]'")
+
+    @property
+    def run(self) -> RunSettings:
+        """The part that is as of any run."""
+        return RunSettings(
+            prompts=self.prompts, out=self.out, model=self.model, seeds=self.seeds, batch_size=self.batch_size
+        )
+
+    def configuration(self, statistics: Sequence[str]) -> dict[str, Any]:
+        """What decides the measurements: a resumed evaluation must have the same."""
+        shares = [float(share) for share in self.observe_at]
+        return {**self.run.configuration(), "statistics": list(statistics), "observe_at": shares}
+
+
+def kind_of(family: str) -> Kind | None:
+    """What a label means; None for a word that is not known."""
+    return FAMILIES.get("_".join(family.casefold().replace("-", " ").split()))
+
+
+def check_labels(path: Path, rows: Sequence[PromptRow]) -> None:
+    """Refuses prompts that nothing could be compared on.
+
+    Raises:
+        ValueError: If labels are missing, not known, or all of memorized prompts, or all of others.
+    """
+    words = ", ".join(FAMILIES)
+    bare = sum(row.family is None for row in rows)
+    if bare:
+        raise ValueError(f"{path}: {bare} of {len(rows)} prompts have no family; add a column 'family' of {words}")
+    families = sorted({row.family for row in rows if row.family is not None})
+    unknown = [family for family in families if kind_of(family) is None]
+    if unknown:
+        raise ValueError(f"{path}: family {unknown[0]!r} is not known; use one of {words}")
+    sides = {kind_of(family) in MEMORIZED for family in families}
+    if len(sides) == 1:
+        side, lacking = ("memorized", "others") if sides == {True} else ("other", "memorized ones")
+        raise ValueError(f"{path}: has only {side} prompts ({', '.join(families)}); add {lacking} to compare with")
