@@ -7,8 +7,12 @@ extractions by the same fact.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
+
+from sd_guard.statistics.base import Denoiser, StepCall
 
 CONTROL_FLOOR = 0.1  # detail, in latents of unit scale, below which a control is as good as featureless
 _TINY = 1e-12  # keeps the logarithm finite for a constant prediction
@@ -57,6 +61,46 @@ def resemblance(x0_hat: Tensor, other: Tensor) -> Tensor:
     """
     cosine = torch.nn.functional.cosine_similarity(_differences(x0_hat), _differences(other), dim=1)
     return cosine.clamp(-1.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detail:
+    """`detail` of the prediction with the prompt.
+
+    Attributes:
+        at: anywhere.
+    """
+
+    name: str = field(default="detail", init=False)
+    higher_is_memorized: bool = field(default=True, init=False)
+    lanes: float = field(default=0.0, init=False)
+    at: tuple[float, ...] | None = None
+
+    def measure(self, call: StepCall, model: Denoiser) -> Tensor:
+        """(B,), at least 0."""
+        return detail(model.read(call, "conditional").x0_hat)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogDetailRatio:
+    """`log_detail_ratio` of the predictions with and without the prompt.
+
+    Attributes:
+        at: anywhere.
+    """
+
+    name: str = field(default="log_detail_ratio", init=False)
+    higher_is_memorized: bool = field(default=True, init=False)
+    lanes: float = field(default=0.0, init=False)
+    at: tuple[float, ...] | None = None
+
+    def measure(self, call: StepCall, model: Denoiser) -> Tensor:
+        """(B,).
+
+        Raises:
+            ValueError: the sampler evaluated no control.
+        """
+        return log_detail_ratio(model.read(call, "conditional").x0_hat, model.read(call, "control").x0_hat)
 
 
 def _differences(x: Tensor) -> Tensor:
