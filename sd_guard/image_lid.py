@@ -2,8 +2,8 @@
 
 The cases are those of Ross et al. (2024, arXiv 2411.00113), who compare the dimension of the model's manifold at an
 image with that of the data's: *overfitting-driven* memorization where the model's is smaller, *data-driven* where both
-are small. The data's dimension is not to be had; the complexity of the image stands for it here, as the paper takes
-PNG sizes for such comparisons.
+are small. The data's dimension is not to be had; the complexity of the image, by the size of its PNG, stands for it
+here. The rule and its thresholds are this package's own, set on the bundled reference, and unproven on larger models.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How complex an image is in itself: the size of its PNG, after Ross et al. (2024, arXiv 2411.00113).
+"""How complex an image is in itself: the size of its PNG.
 
-Their data-driven memorization is a low LID that the simplicity of the image accounts for.
+Data-driven memorization (Ross et al. 2024, arXiv 2411.00113) is a low LID that the simplicity of the image accounts for.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class DecodedPngSize:
 class LidPerPngSize:
     """Trajectory LID with the prompt over the bytes of the decoded prediction's PNG: freedom for its complexity.
 
-    A plain picture has a low LID and a small PNG; overfitting-driven memorization a low LID for a large one. Ross et
-    al. (2024, arXiv 2411.00113) correct an LID for complexity in this way.
+    A plain picture has a low LID and a small PNG; overfitting-driven memorization a low LID for a large one (the cases
+    of Ross et al. 2024, arXiv 2411.00113; whether they use the same units and the same LID was not checked).
 
     Attributes:
         probes: Rademacher vectors; each image has its own, from its seed and the step.

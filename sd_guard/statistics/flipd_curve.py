@@ -132,10 +132,10 @@ def knee_index(timesteps: Tensor, values: Tensor) -> Tensor:
     """Where a curve that falls steeply at first turns flat: the point furthest below the chord between its ends.
 
     At the lowest levels a network no longer resolves the manifold and FLIPD rises towards D; at high levels it falls
-    because the noise covers the manifold. As in the FLIPD paper the knee is sought on the axis of the timestep, by the
-    idea of Kneedle (Satopaa et al. 2011), for which scaling the axes changes nothing; unlike Kneedle's reference
-    implementation this one does no smoothing and has no sensitivity. A curve that is nowhere below its chord does not
-    rise at low levels, and the lowest of them, which is the closest look, is taken.
+    because the noise covers the manifold. The axis is that of the timestep. This is the idea of Kneedle (Satopaa et al.
+    2011), for which scaling the axes changes nothing, without its smoothing and its sensitivity; the FLIPD paper's own
+    settings were not at hand. A curve that is nowhere below its chord does not rise at low levels, and the lowest of
+    them, which is the closest look, is taken.
 
     Args:
         timesteps: (L,) ascending.

@@ -13,8 +13,8 @@ from sd_guard.statistics.base import Denoiser, StepCall
 class NoiseNorm:
     """``|e_hat|`` with the prompt: the score's length times s, about sqrt(D - LID) at the noisy latent.
 
-    Ross et al. (2024, arXiv 2411.00113) explain by LID why the length of scores tells of memorization: the fewer
-    directions are open, the more of the noise a model can see. It says what `SteinLid` says, on another scale.
+    The fewer directions are open, the more of the noise a model can see, which ties the length of scores to the
+    geometry of Ross et al. (2024, arXiv 2411.00113). It says what `SteinLid` says, on another scale.
 
     Attributes:
         at: the last step, where it was seen to tell memories on the reference checkpoint.
