@@ -1,6 +1,6 @@
 """How complex an image is in itself: the size of its PNG.
 
-Data-driven memorization (Ross et al. 2024, arXiv 2411.00113) is a low LID that the simplicity of the image accounts for.
+Data-driven memorization (Ross et al. 2024, arXiv 2411.00113) is a low LID that the image's simplicity accounts for.
 """
 
 from __future__ import annotations
