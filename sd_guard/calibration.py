@@ -34,7 +34,7 @@ import torch
 from sd_guard.detection import Detector
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.guard import Guard, GuardRecord
-from sd_guard.observation import Observation
+from sd_guard.observation import PROBED, Observation
 
 LID_WEIGHTS = (0.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # tried beside the detector's own, where memorized prompts are given
 
@@ -50,22 +50,20 @@ class Calibration:
         false_positive_rate: alpha, in (0, 1).
         images: benign images they come from.
         observe_at: as of the guard that scored them.
-        probe_at: likewise.
         probes: likewise.
         thresholds: step to threshold of the score of the observations up to that step.
-        lid_weight: of the detector that scored them; None where it has none, or where an older file does not say.
-        benign_scores: at the deciding step, ascending, one a prompt; empty in an older file.
+        lid_weight: of the detector that scored them; None where it has none.
+        benign_scores: at the deciding step, ascending, one a prompt.
     """
 
     fingerprint: Fingerprint
     false_positive_rate: float
     images: int
     observe_at: tuple[float, ...]
-    probe_at: tuple[float, ...]
     probes: int
     thresholds: Mapping[int, float]
-    lid_weight: float | None = None
-    benign_scores: tuple[float, ...] = ()
+    lid_weight: float | None
+    benign_scores: tuple[float, ...]
 
     def apply(self, guard: Guard) -> Guard:
         """The guard with this threshold, looking where the benign images were looked at and scoring as they were.
@@ -77,7 +75,7 @@ class Calibration:
         if self.lid_weight is not None:
             _check_lid_weight(guard.detector, "the calibration was made for a detector that has one")
             settings["lid_weight"] = self.lid_weight
-        watch = replace(guard, observe_at=self.observe_at, probe_at=self.probe_at, probes=self.probes)
+        watch = replace(guard, observe_at=self.observe_at, probes=self.probes)
         return replace(watch, detector=replace(guard.detector, **settings))  # type: ignore[type-var]
 
     def check(self, fingerprint: Fingerprint) -> None:
@@ -108,9 +106,8 @@ class Calibration:
             thresholds = {int(step): float(value) for step, value in content.pop("thresholds").items()}
             if not thresholds:
                 raise ValueError("no thresholds")
-            shares = {name: tuple(content.pop(name)) for name in ("observe_at", "probe_at")}
-            benign = tuple(float(score) for score in content.pop("benign_scores", ()))
-            return cls(fingerprint=fingerprint, thresholds=thresholds, benign_scores=benign, **shares, **content)
+            lists = {name: tuple(float(x) for x in content.pop(name)) for name in ("observe_at", "benign_scores")}
+            return cls(fingerprint=fingerprint, thresholds=thresholds, **lists, **content)
         except OSError as error:
             raise ValueError(f"calibration {str(path)!r} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -177,7 +174,6 @@ class Calibrator:
             false_positive_rate=alpha,
             images=sum(map(bool, benign)),
             observe_at=guard.observe_at,
-            probe_at=guard.probe_at,
             probes=guard.probes,
             thresholds={step: conformal_threshold(own, alpha, per_prompt=each) for step, own in scores.items()},
             lid_weight=getattr(detector, "lid_weight", None),
@@ -252,7 +248,10 @@ def observations_of(record: GuardRecord) -> list[Observation]:
     steps: dict[int, dict[str, torch.Tensor]] = {}
     for statistic in record.statistics:
         steps.setdefault(statistic.step, {})[statistic.name] = torch.tensor([statistic.value])
-    return [Observation(step, record.dimension, values, 0) for step, values in sorted(steps.items())]
+    return [
+        Observation(step, record.dimension, values, (0,), probed=(0,) if PROBED[0] in values else ())
+        for step, values in sorted(steps.items())
+    ]
 
 
 def _scores(detector: Detector, trajectories: Iterable[Trajectory], step: int) -> list[float]:

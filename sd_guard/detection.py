@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,7 +24,11 @@ class Detector(Protocol):
         ...
 
     def score(self, observations: Sequence[Observation]) -> Tensor:
-        """(B,) scores from the observations of the probed steps, in their order."""
+        """(B,) scores from the observations of a trajectory's steps, in their order."""
+        ...
+
+    def in_doubt(self, observations: Sequence[Observation]) -> Tensor:
+        """(B,) bool: where probes at the last step are worth their lanes. Says so by the free statistics alone."""
         ...
 
 
@@ -37,29 +41,63 @@ def verdict_of(score: float, threshold: float) -> Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrematureDetail:
-    """The default: premature detail of the posterior mean, together with the width that the posterior has left.
+    """The default: premature detail of the posterior mean, and where that leaves doubt, the width of the posterior.
 
-    Both halves are relative to the model's own unconditional prediction at the same latent, so that the threshold
-    needs no calibration: `mean over steps of log(detail_c / detail_u) + lid_weight * mean of (LID_u - LID_c) / D`. The
-    numbers were chosen on `tune` rows of the bundled reference checkpoint.
+    Both are relative to the model's own unconditional prediction at the same latent, so that the threshold needs no
+    calibration. The free half is the mean over steps of `log(detail_c / detail_u)`. Where it is in doubt, probes add
+    `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
+    nor the probes, so that scores stay exchangeable when a calibration moves the threshold. The numbers were chosen on
+    `tune` rows of the bundled reference checkpoint.
 
     Attributes:
         threshold: scores above it are flagged.
+        doubt: the free half, lowest and highest, between which an image is probed.
         lid_weight: weight of the LID deficit, a share of the latent dimension.
+        ordinary_deficit: the share that speaks for neither side.
     """
 
-    threshold: float = 0.55
+    threshold: float = 0.4
+    doubt: tuple[float, float] = (0.2, 0.6)
     lid_weight: float = 15.0
+    ordinary_deficit: float = 0.009
 
     def score(self, observations: Sequence[Observation]) -> Tensor:
         """(B,) scores."""
-        ratio = torch.stack([seen.values["log_detail_ratio"] for seen in observations]).mean(0)
-        deficits = [
-            (seen.values["trajectory_lid_control"] - seen.values["trajectory_lid"]) / seen.dimension
-            for seen in observations
-            if "trajectory_lid" in seen.values
-        ]
-        return ratio + self.lid_weight * torch.stack(deficits).mean(0) if deficits else ratio
+        score, last = self._ratio(observations), observations[-1]
+        if last.probed:
+            closed = (last.values["trajectory_lid_control"] - last.values["trajectory_lid"]) / last.dimension
+            rows = torch.tensor(last.probed, device=score.device)
+            score = score.index_add(0, rows, self.lid_weight * (closed - self.ordinary_deficit)[rows])
+        return score
+
+    def in_doubt(self, observations: Sequence[Observation]) -> Tensor:
+        """(B,) whether the free half lies within `doubt`."""
+        ratio = self._ratio(observations)
+        return (ratio > self.doubt[0]) & (ratio < self.doubt[1])
+
+    def _ratio(self, observations: Sequence[Observation]) -> Tensor:
+        return torch.stack([seen.values["log_detail_ratio"] for seen in observations]).mean(0)
 
 
 DETECTORS: dict[str, type[Detector]] = {"premature_detail": PrematureDetail}
+
+
+def decide(
+    detector: Detector, observations: Sequence[Observation], probe: Callable[[Sequence[int]], Observation] | None
+) -> tuple[list[Observation], list[float]]:
+    """Scores a trajectory, and asks for probes where the free statistics leave doubt: one host synchronisation without.
+
+    Args:
+        detector: decides.
+        observations: free statistics of the trajectory's steps.
+        probe: rows to the last observation with their LID; None allows no probes.
+
+    Returns:
+        The observations, probed where needed, and B scores.
+    """
+    scores, doubt = torch.stack([detector.score(observations), detector.in_doubt(observations).float()]).tolist()
+    rows = [row for row, doubtful in enumerate(doubt) if doubtful]
+    if probe is None or not rows:
+        return list(observations), scores
+    probed = [*observations[:-1], probe(rows)]
+    return probed, detector.score(probed).tolist()

@@ -67,8 +67,7 @@ class Guard:
 
     Attributes:
         observe_at: shares of the schedule in [0, 1) whose steps give the free statistics; the last one decides.
-        probe_at: those of them that also spend probes on the LID.
-        probes: Rademacher vectors a probed step, two lanes each.
+        probes: Rademacher vectors that an image in doubt gets at the deciding step, two lanes each.
         detector: scores a trajectory.
         plan: mitigations, in the order of escalation.
         policy: bounds of the escalation, and its end.
@@ -76,8 +75,7 @@ class Guard:
     """
 
     observe_at: tuple[float, ...] = (0.02, 0.04, 0.06, 0.08, 0.1)
-    probe_at: tuple[float, ...] = (0.1,)
-    probes: int = 1
+    probes: int = 2
     detector: Detector = field(default_factory=PrematureDetail)
     plan: Sequence[Mitigation] = (WordAblation(), EmbeddingNoise(strengths=(3.0,)))
     policy: Policy = field(default_factory=Policy)
@@ -87,8 +85,6 @@ class Guard:
         """Refuses settings that no run could use."""
         if not self.observe_at or not all(0 <= share < 1 for share in self.observe_at):
             raise ValueError(f"observe_at={self.observe_at} must hold shares of the schedule in [0, 1), at least one")
-        if not set(self.probe_at) <= set(self.observe_at):
-            raise ValueError(f"probe_at={self.probe_at} must be among observe_at={self.observe_at}")
         if self.probes < 0:
             raise ValueError(f"probes={self.probes} is negative; 0 decides by the free statistics alone")
 
@@ -96,10 +92,9 @@ class Guard:
         """The same guard with other policy settings."""
         return replace(self, policy=replace(self.policy, **changes))
 
-    def steps(self, count: int) -> tuple[list[int], set[int]]:
-        """Steps to observe, ascending, and those among them to probe, of a schedule of `count` timesteps."""
-        observed = sorted({step_at(share, count) for share in self.observe_at})
-        return observed, {step_at(share, count) for share in self.probe_at} if self.probes else set()
+    def steps(self, count: int) -> list[int]:
+        """Steps to observe, ascending, of a schedule of `count` timesteps."""
+        return sorted({step_at(share, count) for share in self.observe_at})
 
 
 def step_at(share: float, count: int) -> int:

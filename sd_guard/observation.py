@@ -8,13 +8,13 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sd_guard.lanes import Unet, evaluate_lanes
-from sd_guard.noise import PredictionType, interpret
+from sd_guard.noise import Prediction, PredictionType, interpret
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import probe_products, trajectory_lid
@@ -29,6 +29,7 @@ STATISTICS: Mapping[str, tuple[str, str]] = {
     "trajectory_lid": ("noisy", "conditional"),
     "trajectory_lid_control": ("noisy", "control"),
 }
+PROBED = ("trajectory_lid", "trajectory_lid_control")  # those that cost lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,17 @@ class Observation:
     Attributes:
         step: index into the scheduler's timesteps.
         dimension: D, the entries of one latent.
-        values: name in STATISTICS to (B,) float32.
-        lanes: extra lane evaluations spent on each image.
+        values: name in STATISTICS to (B,) float32; those of the LID are 0 where an image was not probed.
+        lanes: extra lane evaluations spent on each of the B images.
+        probed: which images got probes for their LID; empty where none did.
         x0_hat: (B, C, H, W) the conditional prediction, float32; None in one that was read back from a record.
     """
 
     step: int
     dimension: int
     values: Mapping[str, Tensor]
-    lanes: int
+    lanes: tuple[int, ...]
+    probed: tuple[int, ...] = ()
     x0_hat: Tensor | None = None
 
 
@@ -62,49 +65,82 @@ def predicted_image(observations: Sequence[Observation]) -> Tensor:
     return x0_hat
 
 
-@torch.no_grad()
-def observe(
-    call: StepCall, unet: Unet, prediction_type: PredictionType, *, probes: int, seeds: Sequence[int]
-) -> Observation:
-    """Takes the statistics of one step.
+def lanes_of(observations: Sequence[Observation]) -> tuple[int, ...]:
+    """Extra lane evaluations spent on each of the B images of a trajectory."""
+    return tuple(map(sum, zip(*(seen.lanes for seen in observations), strict=True)))
+
+
+def with_control(call: StepCall, unet: Unet) -> StepCall:
+    """The call with its control: evaluated, and counted, where the sampler did without."""
+    if call.control is not None:
+        return call
+    first = torch.arange(call.x.shape[0], device=call.x.device)
+    control = evaluate_lanes(unet, call.x, call.timestep, call.lanes.select(first))
+    return replace(call, control=control, spent=1)
+
+
+def observe(call: StepCall, prediction_type: PredictionType) -> Observation:
+    """Takes the statistics of one step that need no probes.
 
     Args:
-        call: what the sampler's UNet call was given and returned.
-        unet: for probes, and for a control that the sampler did not evaluate.
-        prediction_type: of `unet`.
-        probes: Rademacher vectors for the trajectory LID, two lanes each; 0 takes the free statistics only.
-        seeds: one probe seed an image, in [0, 2^64).
+        call: what the sampler's UNet call was given and returned, with a control.
+        prediction_type: of the UNet.
 
     Returns:
         (B,) values. A UNet that returned NaN or infinity gives values that are not finite.
     """
-    images, spent = call.x.shape[0], 0
-    control = call.control
-    if control is None:
-        first = torch.arange(images, device=call.x.device)
-        control, spent = evaluate_lanes(unet, call.x, call.timestep, call.lanes.select(first)), 1
-    with_prompt = interpret(call.conditional, call.x, call.level, prediction_type)
-    without = interpret(control, call.x, call.level, prediction_type)
+    with_prompt, without = _predictions(call, prediction_type)
     values = {
         "detail": detail(with_prompt.x0_hat),
         "log_detail_ratio": log_detail_ratio(with_prompt.x0_hat, without.x0_hat),
         "cfg_norm": cfg_norm(with_prompt.e_hat, without.e_hat),
     }
-    if probes:
-        base = torch.cat([without.e_hat, with_prompt.e_hat])
-        traces = [_probe(call, unet, prediction_type, base, seeds, probe) for probe in range(probes)]
-        lid = trajectory_lid(call.x[0].numel(), call.level.s, torch.stack(traces).mean(0))
-        values["trajectory_lid_control"], values["trajectory_lid"] = lid.chunk(2)
-    return Observation(call.step, call.x[0].numel(), values, spent + 2 * probes, with_prompt.x0_hat)
+    lanes = (call.spent,) * call.x.shape[0]
+    return Observation(call.step, call.x[0].numel(), values, lanes, x0_hat=with_prompt.x0_hat)
 
 
-def _probe(
-    call: StepCall, unet: Unet, prediction_type: PredictionType, base: Tensor, seeds: Sequence[int], probe: int
-) -> Tensor:
-    """(2B,) trace estimates from one vector an image, shared by its two lanes: a call of the guided call's shape."""
-    v = draw_row_probes(seeds, call.x.shape[1:], call.step, call.x.device, probe)
-    moved = perturb(call.x, v, FiniteDifference().step_for(call.x.dtype))
+@torch.no_grad()
+def probe(
+    seen: Observation,
+    call: StepCall,
+    unet: Unet,
+    prediction_type: PredictionType,
+    rows: Sequence[int],
+    *,
+    probes: int,
+    seeds: Sequence[int],
+) -> Observation:
+    """Adds the trajectory LID of some images, with their prompt and without, by one UNet call.
+
+    Args:
+        seen: the free statistics of `call`.
+        call: with a control.
+        unet: of the sampler.
+        prediction_type: of `unet`.
+        rows: the images to probe, at least one.
+        probes: Rademacher vectors an image, at least 1, shared by its two lanes.
+        seeds: one probe seed an image of the batch, in [0, 2^64).
+    """
+    device, images, own = call.x.device, call.x.shape[0], [seeds[row] for row in rows]
+    v = torch.cat([draw_row_probes(own, call.x.shape[1:], call.step, device, k) for k in range(probes)])
+    index = torch.tensor(list(rows), device=device).repeat(probes)
+    moved = perturb(call.x[index], v, FiniteDifference().step_for(call.x.dtype))
     point = torch.cat([moved.point] * 2)
-    output = evaluate_lanes(unet, point, call.timestep, call.lanes)
+    output = evaluate_lanes(unet, point, call.timestep, call.lanes.select(torch.cat([index, index + images])))
     e_hat = interpret(output, point, call.level, prediction_type).e_hat
-    return probe_products(torch.cat([v] * 2), e_hat, base, torch.cat([moved.step] * 2)).total
+    with_prompt, without = _predictions(call, prediction_type)
+    base = torch.cat([without.e_hat[index], with_prompt.e_hat[index]])
+    trace = probe_products(torch.cat([v] * 2), e_hat, base, torch.cat([moved.step] * 2)).total
+    lid = trajectory_lid(seen.dimension, call.level.s, trace).reshape(2, probes, len(rows)).mean(1)
+    values = dict(seen.values)
+    for name, value in zip(("trajectory_lid_control", "trajectory_lid"), lid, strict=True):
+        values[name] = value.new_zeros(images).index_copy(0, index[: len(rows)], value)
+    lanes = tuple(spent + 2 * probes * (row in rows) for row, spent in enumerate(seen.lanes))
+    return replace(seen, values=values, lanes=lanes, probed=tuple(rows))
+
+
+def _predictions(call: StepCall, prediction_type: PredictionType) -> tuple[Prediction, Prediction]:
+    """With the prompt, and without."""
+    assert call.control is not None
+    conditional, control = (interpret(o, call.x, call.level, prediction_type) for o in (call.conditional, call.control))
+    return conditional, control

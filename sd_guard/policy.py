@@ -43,9 +43,9 @@ class Policy:
         budget: extra lane evaluations that one image may cost, detection included; None allows as many as the image
             itself costs. Detection is always paid: where it alone costs as much, a flagged image gets no attempt.
         max_attempts: resumed trajectories an image.
-        margin: how far below the threshold a resumed trajectory has to score, at least 0: what was suspicious once has
-            more to prove.
-        max_resemblance: cosine in [-1, 1] up to which a mitigated image counts as another picture than the flagged one,
+        margin: how far a resumed trajectory's bar is moved, at least 0: so much below the threshold where its picture
+            resembles the flagged one as much as is allowed, as much above it where nothing of that picture is left.
+        max_resemblance: cosine in (0, 1] up to which a mitigated image counts as another picture than the flagged one,
             at the deciding step and when sampling is over.
         on_failure: an image that no attempt rescued is made `blank`, kept as it would have been without the guard
             (`keep`), or raised as an error when the call is over (`raise`).
@@ -53,8 +53,8 @@ class Policy:
 
     budget: int | None = None
     max_attempts: int = 4
-    margin: float = 0.15
-    max_resemblance: float = 0.7
+    margin: float = 0.2
+    max_resemblance: float = 0.6
     on_failure: OnFailure = "blank"
 
     def __post_init__(self) -> None:
@@ -65,10 +65,19 @@ class Policy:
             raise ValueError(f"max_attempts={self.max_attempts} is negative; 0 flags without mitigating")
         if not self.margin >= 0:
             raise ValueError(f"margin={self.margin} is negative; 0 asks no more of a mitigated image than of any other")
-        if not -1 <= self.max_resemblance <= 1:
-            raise ValueError(f"max_resemblance={self.max_resemblance} is no cosine; give a number from -1 to 1")
+        if not 0 < self.max_resemblance <= 1:
+            raise ValueError(f"max_resemblance={self.max_resemblance} is not above 0 and up to 1; 1 asks nothing")
         if self.on_failure not in ("blank", "keep", "raise"):
             raise ValueError(f"on_failure={self.on_failure!r} is not one of 'blank', 'keep', 'raise'")
+
+    def accepts(self, score: float, threshold: float, resemblance: float) -> bool:
+        """Whether a resumed trajectory passes: both kinds of evidence together, and neither where it is not finite.
+
+        A score says that *some* picture is known too early, resemblance that it is *that* one. A picture with nothing
+        of the flagged one in it has to clear the threshold by less than one that might still be a faint copy.
+        """
+        share = max(resemblance, 0.0) / self.max_resemblance
+        return math.isfinite(score) and share <= 1 and score <= threshold + self.margin * (1 - 2 * share)
 
 
 @dataclass(slots=True)

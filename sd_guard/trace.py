@@ -47,7 +47,7 @@ def draw_row_probes(
         Entries -1 and 1, (len(seeds), *S) in float32.
     """
     size = math.prod(shape_per_row)
-    words = [np.random.Philox(key=[seed, (step << 32) | probe]).random_raw(-(-size // 64)) for seed in seeds]
+    words = [_stream(seed, step, probe).random_raw(-(-size // 64)) for seed in seeds]
     packed = np.stack(words).astype("<u8").view(np.uint8)
     bits = torch.as_tensor(np.unpackbits(packed, axis=1, count=size), device=device)
     return bits.to(torch.float32).mul_(2.0).sub_(1.0).reshape(len(seeds), *shape_per_row)
@@ -73,7 +73,7 @@ def draw_probes(
             raise ValueError(f"{len(source.seeds)} row seeds were given for {shape[0]} rows.")
         if distribution == "rademacher":
             return draw_row_probes(source.seeds, shape[1:], source.step, device, probe)
-        keys = [int(np.random.Philox(key=[seed, (source.step << 32) | probe]).random_raw()) for seed in source.seeds]
+        keys = [int(_stream(seed, source.step, probe).random_raw()) for seed in source.seeds]
         generators = [torch.Generator().manual_seed(key >> 1) for key in keys]
         return torch.stack([torch.randn(*shape[1:], generator=g) for g in generators]).to(device)
     if distribution == "gaussian":
@@ -329,6 +329,11 @@ class Exact:
 
 
 ESTIMATORS: Final = {"hutchinson": Hutchinson, "hutch++": HutchPlusPlus, "exact": Exact}
+
+
+def _stream(seed: int, step: int, probe: int) -> np.random.Philox:
+    """Keyed in unsigned words: a list of Python integers would go through float64, and lose the low bits of a seed."""
+    return np.random.Philox(key=np.array([seed, (step << 32) | probe], dtype=np.uint64))
 
 
 def _base(f: RowFunction, x: Tensor, product: JacobianProduct, fx: Tensor | None) -> tuple[Tensor | None, int]:

@@ -1,113 +1,27 @@
-"""The false-positive rate that a calibration states is the one that it has."""
+"""What a calibration is made from, what it changes of a guard, and the rate that this guard then has."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 from scipy import stats
 
-from sd_guard.calibration import Calibration, Calibrator, conformal_threshold, observations_of, prompts_needed
-from sd_guard.detection import PrematureDetail
+from sd_guard.calibration import Calibration, Calibrator, observations_of, prompts_needed
+from sd_guard.detection import PrematureDetail, decide
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
+from sd_guard.observation import PROBED, Observation
 
 FINGERPRINT = Fingerprint("m", "DDIM", 50, "7.5", "float32")
 
 
-@pytest.mark.parametrize("draw", ["normal", "standard_cauchy", "ties"])
-@pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (40, 0.1), (99, 0.01), (150, 0.02)])
-def test_false_positive_rate_over_many_splits(draw: str, n: int, alpha: float) -> None:
-    """Mean over 400 splits of 200 fresh scores: at most alpha within four standard errors, and not idle either."""
-    rng = np.random.default_rng(0)
-    sample = (lambda size: rng.integers(0, 5, size).astype(float)) if draw == "ties" else getattr(rng, draw)
-    splits = 400
-    rates = [float((sample(size=200) > conformal_threshold(list(sample(size=n)), alpha)).mean()) for _ in range(splits)]
-    mean, error = float(np.mean(rates)), float(np.std(rates)) / math.sqrt(splits)
-    assert mean <= alpha + 4 * error
-    if draw != "ties":  # without ties the rate is (n + 1 - rank) / (n + 1) in expectation, not just below alpha
-        rank = math.ceil((n + 1) * (1 - alpha) - 1e-9)
-        assert abs(mean - (n + 1 - rank) / (n + 1)) <= 4 * error
-
-
 SPLITS = 200
-
-
-@pytest.mark.parametrize("alpha", [0.01, 0.02, 0.05])
-@pytest.mark.parametrize("n", [99, 150, 400])
-def test_false_positives_over_200_splits_lie_in_their_binomial_interval(alpha: float, n: int) -> None:
-    """One fresh score a split: 200 independent trials at the stated rate."""
-    rng = np.random.default_rng(n)
-    exact = (n + 1 - math.ceil((n + 1) * (1 - alpha) - 1e-9)) / (n + 1)
-    assert alpha - 1 / (n + 1) < exact <= alpha + 1e-12
-    low, high = stats.binom.ppf([0.0005, 0.9995], SPLITS, exact)
-    hits = 0
-    for _ in range(SPLITS):
-        *calibrating, fresh = rng.gamma(2.0, size=n + 1)
-        hits += fresh > conformal_threshold(calibrating, alpha)
-    assert low <= hits <= high
-
-
-@pytest.mark.parametrize(("n", "alpha"), [(99, 0.01), (150, 0.02), (400, 0.05), (60, 0.05)])
-def test_the_rate_of_one_calibration_is_beta_distributed(n: int, alpha: float) -> None:
-    """On uniform scores a threshold q has the rate 1 - q exactly; over splits that is Beta(n + 1 - k, k)."""
-    rng = np.random.default_rng(1)
-    k = math.ceil((n + 1) * (1 - alpha) - 1e-9)
-    rates = [1 - conformal_threshold(list(rng.random(n)), alpha) for _ in range(SPLITS)]
-    assert stats.kstest(rates, stats.beta(n + 1 - k, k).cdf).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("levels", [1, 2, 5, 40])
-def test_ties_only_make_it_cautious(levels: int) -> None:
-    """The exact rate of a threshold on a die of so many sides, over splits of a pool with many ties."""
-    rng = np.random.default_rng(2)
-    thresholds = np.array([conformal_threshold(list(rng.integers(0, levels, 120)), 0.05) for _ in range(SPLITS)])
-    rates = (levels - 1 - thresholds) / levels
-    assert rates.mean() <= 0.05 + 4 * rates.std() / math.sqrt(SPLITS)
-
-
-@pytest.mark.parametrize("each", [2, 4])
-def test_the_rate_holds_where_a_prompt_has_several_images(each: int) -> None:
-    """Images of one prompt that are nearly one another; counted as so many prompts, the rate is missed."""
-    rng, prompts, alpha = np.random.default_rng(3), 40, 0.05
-    exceeds = stats.norm(scale=math.hypot(1, 0.01)).sf
-
-    def scores(count: int) -> Any:
-        return (rng.normal(size=(count, 1)) + 0.01 * rng.normal(size=(count, each))).ravel()
-
-    thresholds = [conformal_threshold(list(scores(prompts)), alpha, per_prompt=each) for _ in range(SPLITS)]
-    rates = exceeds(thresholds)
-    assert rates.mean() <= alpha + 4 * rates.std() / math.sqrt(SPLITS)
-    naive = exceeds([conformal_threshold(list(scores(10)), alpha) for _ in range(SPLITS)])
-    assert naive.mean() > alpha + 4 * naive.std() / math.sqrt(SPLITS)
-    with pytest.raises(ValueError, match=f"at least {19 * each} are needed"):
-        conformal_threshold(list(scores(18)), alpha, per_prompt=each)
-    conformal_threshold(list(scores(19)), alpha, per_prompt=each)
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.floats(0.02, 0.9))
-def test_threshold_is_the_conformal_quantile(scores: list[float], alpha: float) -> None:
-    needed = math.ceil(1 / alpha - 1 - 1e-9)
-    if len(scores) < needed:
-        with pytest.raises(ValueError, match=f"{len(scores)} benign images .* at least {needed} are needed"):
-            conformal_threshold(scores, alpha)
-        return
-    threshold = conformal_threshold(scores, alpha)
-    assert threshold in scores
-    assert sum(score > threshold for score in scores) <= alpha * (len(scores) + 1) + 1e-6
-
-
-@pytest.mark.parametrize(("alpha", "needed"), [(0.01, 99), (0.05, 19), (0.1, 9), (0.5, 1), (1 / 3, 2)])
-def test_too_few_images_names_how_many(alpha: float, needed: int) -> None:
-    with pytest.raises(ValueError, match=f"at least {needed} are needed"):
-        conformal_threshold([0.0] * (needed - 1), alpha)
-    assert conformal_threshold([*range(needed)], alpha) == needed - 1
 
 
 def record(score: float, *, outcome: str = "passed", fingerprint: Fingerprint = FINGERPRINT) -> GuardRecord:
@@ -127,7 +41,8 @@ def record(score: float, *, outcome: str = "passed", fingerprint: Fingerprint = 
 
 
 def calibrator(**options: Any) -> Calibrator:
-    return Calibrator(Guard(observe_at=(0.06, 0.14), probe_at=(0.14,)), FINGERPRINT, **options)
+    detector = PrematureDetail(ordinary_deficit=0.0)
+    return Calibrator(Guard(observe_at=(0.06, 0.14), probes=3, detector=detector), FINGERPRINT, **options)
 
 
 def test_calibrator() -> None:
@@ -144,7 +59,7 @@ def test_calibrator() -> None:
     }
     rank = math.ceil(11 * 0.8)
     assert calibration.thresholds == {step: ordered[rank - 1] for step, ordered in scores.items()}
-    assert (calibration.images, calibration.observe_at, calibration.probe_at) == (10, (0.06, 0.14), (0.14,))
+    assert (calibration.images, calibration.observe_at, calibration.probes) == (10, (0.06, 0.14), 3)
     assert calibration.fingerprint == FINGERPRINT
     assert calibration.lid_weight == made.guard.detector.lid_weight
     assert calibration.benign_scores == tuple(scores[7])
@@ -198,7 +113,7 @@ def rates(calibration: Calibration, guard: Guard, *groups: list[GuardRecord]) ->
 def test_memorized_prompts_raise_the_hits_and_leave_the_false_positives() -> None:
     """Over 200 calibrations: TPR with labels against without, and one fresh benign image each at the stated rate."""
     rng, alpha = np.random.default_rng(4), 0.05
-    guard = Guard(observe_at=(0.14,), probe_at=(0.14,), detector=PrematureDetail(lid_weight=1.0))
+    guard = Guard(observe_at=(0.14,), detector=PrematureDetail(lid_weight=1.0))
     gained, false = [], 0
     for split in range(SPLITS):
         benign, memorized = labelled(rng, 40, memorized=False), labelled(rng, 10, memorized=True)
@@ -218,12 +133,63 @@ def test_memorized_prompts_raise_the_hits_and_leave_the_false_positives() -> Non
     assert stats.binom.ppf(0.0005, SPLITS, exact) <= false <= stats.binom.ppf(0.9995, SPLITS, exact)
 
 
+def seen_by(detector: PrematureDetail, ratio: float, deficit: float) -> GuardRecord:
+    """The record of an image that `detector` decides on: with the LID only where it asks for probes."""
+    names = ("log_detail_ratio", *PROBED)
+    free = Observation(7, 256, {names[0]: torch.tensor([ratio])}, (0,))
+
+    def probe(rows: Any) -> Observation:
+        lids = {PROBED[1]: torch.tensor([40.0]), PROBED[0]: torch.tensor([40.0 - 256 * deficit])}
+        return replace(free, values=free.values | lids, probed=tuple(rows))
+
+    (seen,), (score,) = decide(detector, [free], probe)
+    values = tuple(
+        StatisticValue(7, name, "noisy", "both", seen.values[name].item()) for name in names if name in seen.values
+    )
+    return GuardRecord("pass", "passed", score, 7, 256, values, (), 0, 0, FINGERPRINT.digest, None)
+
+
+@pytest.mark.parametrize("threshold", [-math.inf, 0.0, math.inf])
+def test_the_line_that_benign_images_were_scored_under_does_not_matter(threshold: float) -> None:
+    """Who is probed depends on no threshold: scores stay as they were when the calibration moves it.
+
+    And so the rate is the stated one, over many calibrations, though a probe raises every score that it is asked for.
+    """
+    rng, alpha, n = np.random.default_rng(6), 0.05, 39
+    detector = PrematureDetail(threshold=threshold, doubt=(0.2, 0.6), lid_weight=5.0, ordinary_deficit=0.0)
+    guard, false = Guard(observe_at=(0.14,), detector=detector), 0
+    for _ in range(SPLITS):
+        ratios, deficits = rng.normal(0.2, 0.3, n + 1).tolist(), rng.gamma(2.0, 0.05, n + 1).tolist()
+        *records, fresh = (seen_by(detector, *pair) for pair in zip(ratios, deficits, strict=True))
+        made = Calibrator(guard, FINGERPRINT, alpha)
+        made.update(records)
+        calibrated = made.finish().apply(guard).detector
+        again = [seen_by(calibrated, *pair) for pair in zip(ratios, deficits, strict=True)]
+        assert again == [*records, fresh]
+        probed = [len(record.statistics) == 3 for record in again]
+        assert probed == [0.2 < ratio < 0.6 for ratio in ratios]
+        assert [float(calibrated.score(observations_of(record))[0]) for record in again] == [r.score for r in again]
+        false += again[-1].score > calibrated.threshold
+    exact = (n + 1 - math.ceil((n + 1) * (1 - alpha) - 1e-9)) / (n + 1)
+    assert stats.binom.ppf(0.0005, SPLITS, exact) <= false <= stats.binom.ppf(0.9995, SPLITS, exact)
+
+
+def test_observations_of_a_record() -> None:
+    """By step, in their order, probed where the record holds an LID."""
+    first, last = observations_of(record(1.0))
+    assert (first.step, last.step, first.dimension) == (3, 7, 256)
+    assert first.values["log_detail_ratio"].tolist() == [0.5]
+    assert (first.probed, last.probed) == ((0,), (0,))
+    free = replace(record(1.0), statistics=tuple(v for v in record(1.0).statistics if v.name not in PROBED))
+    assert [seen.probed for seen in observations_of(free)] == [(), ()]
+
+
 def test_the_chosen_weight_never_saw_the_half_that_sets_the_threshold() -> None:
     """Every other prompt chooses: others in the remaining half move the threshold and nothing else."""
     rng = np.random.default_rng(5)
     benign, memorized = labelled(rng, 40, memorized=False), labelled(rng, 9, memorized=True)
     others = labelled(rng, 40, memorized=True)
-    guard = Guard(observe_at=(0.14,), probe_at=(0.14,))
+    guard = Guard(observe_at=(0.14,))
     made = [Calibrator(guard, FINGERPRINT, 0.05) for _ in range(2)]
     made[0].update(benign)
     made[1].update(others[place] if place % 2 else each for place, each in enumerate(benign))
@@ -241,6 +207,9 @@ def test_memorized_prompts_that_cannot_choose() -> None:
 
         def score(self, observations: Any) -> Any:
             return observations[-1].values["log_detail_ratio"]
+
+        def in_doubt(self, observations: Any) -> Any:
+            return torch.zeros(len(self.score(observations)), dtype=torch.bool)
 
     made = Calibrator(Guard(detector=Plain()), FINGERPRINT, 0.5)
     with pytest.raises(ValueError, match="Plain has no lid_weight: memorized prompts choose it; calibrate without"):
@@ -265,12 +234,26 @@ def test_twice_as_many_benign_images_where_memorized_ones_choose() -> None:
     assert made.finish().images == 19
 
 
+CALIBRATION = Calibration(
+    fingerprint=FINGERPRINT,
+    false_positive_rate=0.1,
+    images=20,
+    observe_at=(0.1, 0.3),
+    probes=2,
+    thresholds={5: 1.0, 15: -0.25},
+    lid_weight=4.0,
+    benign_scores=(-0.5, 0.25),
+)
+
+
 def test_calibrated_guard() -> None:
-    calibration = Calibration(FINGERPRINT, 0.1, 20, (0.1, 0.3), (0.3,), 2, {5: 1.0, 15: 0.25})
-    guard = calibration.apply(Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5), seed=3))
-    assert guard.detector == PrematureDetail(threshold=0.25, lid_weight=0.5)
-    assert (guard.observe_at, guard.probe_at, guard.probes, guard.seed) == ((0.1, 0.3), (0.3,), 2, 3)
-    assert replace(calibration, lid_weight=4.0).apply(guard).detector == PrematureDetail(threshold=0.25, lid_weight=4.0)
+    """The threshold of the deciding step; nothing else of the guard is touched."""
+    own = Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5, doubt=(0.1, 0.3)), probes=7, seed=3)
+    guard = CALIBRATION.apply(own)
+    assert guard.detector == PrematureDetail(threshold=-0.25, lid_weight=4.0, doubt=(0.1, 0.3))
+    assert (guard.observe_at, guard.probes, guard.seed) == ((0.1, 0.3), 2, 3)
+    kept = replace(CALIBRATION, lid_weight=None).apply(own)
+    assert kept.detector == PrematureDetail(threshold=-0.25, lid_weight=0.5, doubt=(0.1, 0.3))
 
 
 def test_records_of_another_configuration() -> None:
@@ -305,31 +288,22 @@ def test_rates_that_no_threshold_has(rate: float) -> None:
 
 
 def test_check_names_what_differs() -> None:
-    calibration = Calibration(FINGERPRINT, 0.1, 20, (0.1,), (), 0, {5: 1.0})
-    calibration.check(FINGERPRINT)
+    CALIBRATION.check(FINGERPRINT)
     with pytest.raises(ValueError, match=r"\(steps: 50, not 20; dtype: float32, not float16\)") as caught:
-        calibration.check(replace(FINGERPRINT, steps=20, dtype="float16"))
+        CALIBRATION.check(replace(FINGERPRINT, steps=20, dtype="float16"))
     assert "\n" not in str(caught.value)
-
-
-CALIBRATION = Calibration(FINGERPRINT, 0.1, 20, (0.1, 0.3), (0.3,), 2, {5: 1.0, 15: -0.25}, 4.0, (-0.5, 0.25))
 
 
 def test_round_trip(tmp_path: Any) -> None:
     CALIBRATION.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json") == CALIBRATION
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
-
-
-def test_a_file_from_before_the_scores_were_kept(tmp_path: Any) -> None:
-    path = tmp_path / "c.json"
-    path.write_bytes(broken(lid_weight="missing", benign_scores="missing"))
-    assert Calibration.load(path) == replace(CALIBRATION, lid_weight=None, benign_scores=())
+    bare = replace(CALIBRATION, lid_weight=None, benign_scores=())
+    bare.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == bare
 
 
 def broken(**changes: Any) -> bytes:
-    from dataclasses import asdict
-
     content = json.loads(json.dumps(asdict(CALIBRATION))) | changes
     return json.dumps({key: value for key, value in content.items() if value != "missing"}).encode()
 
@@ -350,8 +324,13 @@ def broken(**changes: Any) -> bytes:
         broken(thresholds={"five": 1.0}),
         broken(thresholds={"5": None}),
         broken(images="missing"),
+        broken(probes="missing"),
+        broken(lid_weight="missing"),
+        broken(benign_scores="missing"),
         broken(colour="red"),
         broken(observe_at=3),
+        broken(observe_at=["late"]),
+        broken(probe_at=[0.1]),
         broken(benign_scores=[None]),
         broken(benign_scores=["high"]),
     ],

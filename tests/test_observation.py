@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +17,16 @@ from torch import Tensor
 
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import PredictionType
-from sd_guard.observation import STATISTICS, observe
+from sd_guard.observation import (
+    PROBED,
+    STATISTICS,
+    Observation,
+    lanes_of,
+    observe,
+    predicted_image,
+    probe,
+    with_control,
+)
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail, log_detail_ratio
 
@@ -29,10 +39,10 @@ class TwoLanes:
 
     def __init__(self, control: Oracle, conditional: Oracle, prediction_type: PredictionType = "epsilon") -> None:
         self.unets = [o.as_unet(SCHEDULE, prediction_type) for o in (control, conditional)]
-        self.rows = 0
+        self.rows = self.calls = 0
 
     def __call__(self, x: Tensor, timestep: Any, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        self.rows += len(x)
+        self.rows, self.calls = self.rows + len(x), self.calls + 1
         out = torch.empty_like(x)
         for value, unet in enumerate(self.unets):
             mine = encoder_hidden_states.flatten(1)[:, 0] == value
@@ -62,6 +72,22 @@ def step_call(unet: TwoLanes, x: Tensor, timestep: int, *, own_control: bool = T
     )
 
 
+def probed(
+    unet: TwoLanes,
+    x: Tensor,
+    timestep: int,
+    *,
+    probes: int,
+    rows: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    prediction_type: PredictionType = "epsilon",
+) -> Observation:
+    """All that can be seen of one step; of all rows where none are named."""
+    call = step_call(unet, x, timestep)
+    rows, seeds = (list(range(len(x))) if given is None else given for given in (rows, seeds))
+    return probe(observe(call, prediction_type), call, unet, prediction_type, rows, probes=probes, seeds=seeds)
+
+
 def noised(oracle: Oracle, level: Any, images: int = 3) -> Tensor:
     return oracle.noised(images, level, SHAPE, seed=1).float()
 
@@ -77,8 +103,8 @@ def test_probe_recovers_the_dimensions(timestep: int, k: int, prediction_type: P
     level = unet.level(timestep)
     x = noised(memory, level)
     probes = 32
-    seen = observe(step_call(unet, x, timestep), unet, prediction_type, probes=probes, seeds=[1, 2, 3])
-    assert (seen.step, seen.dimension, seen.lanes) == (7, D, 2 * probes)
+    seen = probed(unet, x, timestep, probes=probes, prediction_type=prediction_type)
+    assert (seen.step, seen.dimension, seen.lanes, seen.probed) == (7, D, (2 * probes,) * 3, (0, 1, 2))
     assert set(seen.values) == set(STATISTICS)
     assert all(value.shape == (3,) and value.dtype == torch.float32 for value in seen.values.values())
     torch.testing.assert_close(seen.values["trajectory_lid"], torch.zeros(3), rtol=0, atol=0.05)
@@ -92,9 +118,40 @@ def test_lanes_are_not_mixed_up() -> None:
     subspace, memory = GaussianSubspace(D, 20, seed=2), PointMass(torch.zeros(D))
     unet = TwoLanes(memory, subspace)
     x = noised(subspace, unet.level(500))
-    seen = observe(step_call(unet, x, 500), unet, "epsilon", probes=8, seeds=[1, 2, 3])
+    seen = probed(unet, x, 500, probes=8)
     assert (seen.values["trajectory_lid_control"].abs() < 0.05).all()
     assert (seen.values["trajectory_lid"] > 2).all()
+
+
+@pytest.mark.parametrize("rows", [[1], [3, 0], [2, 1, 3]])
+@pytest.mark.parametrize("probes", [1, 3])
+def test_some_rows_are_probed_as_all_of_them_are(rows: list[int], probes: int) -> None:
+    """The same numbers in one call of their own lanes only; the others have no LID, and their bill does not grow."""
+    means = torch.randn(4, D, generator=torch.Generator().manual_seed(3))
+    mixture = GaussianMixture(means, torch.tensor([0.02, 0.1, 0.3, 0.9]))  # a row of each: four widths
+    unet = TwoLanes(GaussianSubspace(D, 9, seed=2, shift=2.0), mixture)
+    level = unet.level(500)
+    x = level.a * means.reshape(4, *SHAPE) + level.s * torch.randn(
+        4, *SHAPE, generator=torch.Generator().manual_seed(4)
+    )
+    whole = probed(unet, x, 500, probes=probes)
+    truth = mixture.trajectory_lid(x, level).float()
+    torch.testing.assert_close(whole.values["trajectory_lid"], truth, rtol=0.01, atol=0.05)
+    assert truth.diff().min() > 1  # none could be another's
+    call = step_call(unet, x, 500)
+    free, unet.rows, unet.calls = observe(call, "epsilon"), 0, 0
+    part = probe(free, call, unet, "epsilon", rows, probes=probes, seeds=range(4))
+    assert (unet.rows, unet.calls) == (2 * probes * len(rows), 1)
+    assert part.probed == tuple(rows)
+    assert part.lanes == tuple(2 * probes if row in rows else 0 for row in range(4))
+    others = [row for row in range(4) if row not in rows]
+    for name in PROBED:
+        torch.testing.assert_close(part.values[name][rows], whole.values[name][rows], rtol=1e-4, atol=1e-3)
+        assert part.values[name][others].tolist() == [0.0] * len(others)
+    for name in set(STATISTICS) - set(PROBED):
+        assert part.values[name] is free.values[name]
+    assert (free.lanes, free.probed) == ((0,) * 4, ())  # what was seen before stays what it was
+    assert part.x0_hat is free.x0_hat
 
 
 def test_cost_without_a_control() -> None:
@@ -102,25 +159,47 @@ def test_cost_without_a_control() -> None:
     subspace, memory = GaussianSubspace(D, 9, seed=2), PointMass(torch.ones(D))
     unet = TwoLanes(subspace, memory)
     x = noised(subspace, unet.level(500))
-    with_control, without = (
-        observe(step_call(unet, x, 500, own_control=own), unet, "epsilon", probes=1, seeds=[1, 2, 3])
-        for own in (True, False)
-    )
-    for name, value in with_control.values.items():
-        torch.testing.assert_close(without.values[name], value)
-    assert (with_control.lanes, without.lanes) == (2, 3)
-    call = step_call(unet, x, 500, own_control=False)
+    with_own, without = (step_call(unet, x, 500, own_control=own) for own in (True, False))
+    assert with_control(with_own, unet) is with_own
     unet.rows = 0
-    assert observe(call, unet, "epsilon", probes=2, seeds=[1, 2, 3]).lanes * 3 == unet.rows
+    completed = with_control(without, unet)
+    assert (unet.rows, completed.spent) == (3, 1)
+    torch.testing.assert_close(completed.control, with_own.control)
+    own, evaluated = (
+        probe(observe(call, "epsilon"), call, unet, "epsilon", [0, 2], probes=2, seeds=[1, 2, 3])
+        for call in (with_own, completed)
+    )
+    for name, value in own.values.items():
+        torch.testing.assert_close(evaluated.values[name], value)
+    assert (own.lanes, evaluated.lanes) == ((4, 0, 4), (5, 1, 5))
+    assert unet.rows == sum(own.lanes) + sum(evaluated.lanes)
 
 
 def test_free_statistics_cost_nothing() -> None:
     unet = TwoLanes(GaussianSubspace(D, 9, seed=2), PointMass(torch.ones(D)))
     call = step_call(unet, noised(unet.unets[0].oracle, unet.level(500)), 500)
     unet.rows = 0
-    seen = observe(call, unet, "epsilon", probes=0, seeds=[1, 2, 3])
-    assert (seen.lanes, unet.rows) == (0, 0)
-    assert set(seen.values) == {"detail", "log_detail_ratio", "cfg_norm"}
+    seen = observe(call, "epsilon")
+    assert (seen.lanes, seen.probed, unet.rows) == ((0, 0, 0), (), 0)
+    assert set(seen.values) == {"detail", "log_detail_ratio", "cfg_norm"} == set(STATISTICS) - set(PROBED)
+    assert all(value.shape == (3,) and value.dtype == torch.float32 for value in seen.values.values())
+
+
+def test_the_predicted_image_is_that_of_the_last_step() -> None:
+    memory = PointMass(torch.linspace(-1, 1, D))
+    unet = TwoLanes(GaussianSubspace(D, 9, seed=2), memory)
+    early, late = (observe(step_call(unet, noised(memory, unet.level(t)), t), "epsilon") for t in (900, 500))
+    torch.testing.assert_close(
+        predicted_image([early, late]), memory.mean.float().reshape(1, *SHAPE).expand(3, -1, -1, -1), rtol=0, atol=1e-4
+    )
+    assert predicted_image([late, early]) is early.x0_hat
+    with pytest.raises(ValueError, match="read back from a record holds no predicted image"):
+        predicted_image([late, Observation(7, D, {}, (0,))])
+
+
+def test_lanes_are_billed_by_image() -> None:
+    assert lanes_of([Observation(1, D, {}, (1, 1)), Observation(2, D, {}, (1, 5))]) == (2, 6)
+    assert lanes_of([]) == ()
 
 
 def test_premature_detail_of_a_memory() -> None:
@@ -129,7 +208,7 @@ def test_premature_detail_of_a_memory() -> None:
     mixture = GaussianMixture(means, torch.full((64,), 1e-3))
     unet = TwoLanes(mixture, PointMass(means[5]))
     level = unet.level(900)
-    seen = observe(step_call(unet, noised(mixture, level), 900), unet, "epsilon", probes=0, seeds=[1, 2, 3])
+    seen = observe(step_call(unet, noised(mixture, level), 900), "epsilon")
     blur = mixture.denoise(noised(mixture, level), level)
     expected = (detail(means[5].reshape(1, *SHAPE)) / detail(blur)).log()
     torch.testing.assert_close(seen.values["log_detail_ratio"], expected, rtol=1e-3, atol=2e-3)
@@ -143,8 +222,9 @@ def test_rows_do_not_see_each_other(order: list[int], count: int) -> None:
     subspace, memory = GaussianSubspace(D, 9, seed=2, shift=2.0), PointMass(torch.ones(D))
     unet = TwoLanes(subspace, memory)
     x = noised(subspace, unet.level(500), 4)
-    whole = observe(step_call(unet, x, 500), unet, "epsilon", probes=2, seeds=[1, 2, 3, 4])
-    part = observe(step_call(unet, x[rows], 500), unet, "epsilon", probes=2, seeds=[row + 1 for row in rows])
+    whole = probed(unet, x, 500, probes=2)
+    part = probed(unet, x[rows], 500, probes=2, seeds=rows)
+    assert set(part.values) == set(STATISTICS)
     for name, value in part.values.items():
         torch.testing.assert_close(value, whole.values[name][rows], rtol=1e-4, atol=1e-3)
 
@@ -153,9 +233,10 @@ def test_a_broken_row_stays_alone() -> None:
     subspace = GaussianSubspace(D, 9, seed=2)
     unet = TwoLanes(subspace, PointMass(torch.ones(D)))
     x = noised(subspace, unet.level(500))
-    good = observe(step_call(unet, x, 500), unet, "epsilon", probes=1, seeds=[1, 2, 3])
+    good = probed(unet, x, 500, probes=2)
     x[1] = math.nan
-    bad = observe(step_call(unet, x, 500), unet, "epsilon", probes=1, seeds=[1, 2, 3])
+    bad = probed(unet, x, 500, probes=2)
+    assert set(bad.values) == set(STATISTICS)
     for name, value in bad.values.items():
         assert value[1].isnan(), name
         torch.testing.assert_close(value[[0, 2]], good.values[name][[0, 2]])
@@ -190,7 +271,7 @@ def test_detail() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_real_unet(dtype: torch.dtype) -> None:
-    """A probe is one call of 2B rows, finite in half precision too."""
+    """Probes are one call of two lanes a probe, finite in half precision too."""
     unet = components()["unet"].to(dtype)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
@@ -200,6 +281,6 @@ def test_a_real_unet(dtype: torch.dtype) -> None:
     level = OracleUNet.level(PointMass(torch.zeros(256)).as_unet(SCHEDULE, "epsilon"), 500)
     call = StepCall(0, torch.tensor(500), level, x, both[2:], both[:2], lanes)
     with CountLanes(unet) as count:
-        seen = observe(call, unet, "epsilon", probes=3, seeds=[1, 2])
-    assert count.shapes == [(4, 4, 8, 8)] * 3
+        seen = probe(observe(call, "epsilon"), call, unet, "epsilon", [1], probes=3, seeds=[1, 2])
+    assert count.shapes == [(6, 4, 8, 8)]
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in seen.values.values())

@@ -66,11 +66,73 @@ def test_nothing_left_to_try() -> None:
     assert case.outcome(Policy()) == "blocked"
 
 
+numbers, cosines = st.floats(-9.0, 9.0), st.floats(-1.0, 1.0)
+policies = st.builds(Policy, margin=st.floats(0.0, 3.0), max_resemblance=st.floats(0.01, 1.0))
+
+
+@given(policies, numbers, numbers, numbers, cosines, cosines)
+def test_less_of_either_evidence_is_never_worse(
+    policy: Policy, threshold: float, score: float, other: float, near: float, nearer: float
+) -> None:
+    """Where a trajectory is accepted, so is one that scores less, one that resembles less, and under a higher line."""
+    low, high = sorted((score, other))
+    far, close = sorted((near, nearer))
+    if policy.accepts(high, threshold, close):
+        assert policy.accepts(low, threshold, close)
+        assert policy.accepts(high, threshold, far)
+        assert policy.accepts(low, threshold, far)
+        assert policy.accepts(high, threshold + 1.0, close)
+
+
+@given(policies, numbers)
+def test_the_bar_moves_from_above_the_threshold_to_below_it(policy: Policy, threshold: float) -> None:
+    """By the margin: above where nothing is left of the picture, below where as much is left as may be."""
+    for resemblance, bar in (
+        (0.0, threshold + policy.margin),
+        (-0.7, threshold + policy.margin),  # opposed edges are no copy either
+        (policy.max_resemblance, threshold - policy.margin),
+    ):
+        assert policy.accepts(bar, threshold, resemblance)
+        assert not policy.accepts(math.nextafter(bar, math.inf), threshold, resemblance)
+    half = policy.max_resemblance / 2
+    assert policy.accepts(threshold - 1e-6, threshold, half)
+    assert not policy.accepts(threshold + 1e-6, threshold, half)
+
+
+@given(policies, numbers, st.floats(0.0, 1.0, exclude_min=True))
+def test_the_picture_itself_is_refused_whatever_it_scores(policy: Policy, threshold: float, share: float) -> None:
+    beyond = policy.max_resemblance + share * (1 - policy.max_resemblance)
+    if beyond > policy.max_resemblance:
+        assert not policy.accepts(-1e9, threshold, beyond)
+        assert not policy.accepts(-1e9, math.inf, beyond)
+
+
+@given(policies, numbers)
+def test_what_is_not_finite_is_refused(policy: Policy, threshold: float) -> None:
+    """Whatever a verdict would call unscored is no pass of a resumed trajectory either."""
+    for score in (math.nan, math.inf, -math.inf):
+        assert not policy.accepts(score, threshold, 0.0)
+    assert not policy.accepts(-9.0, threshold, math.nan)
+    assert not policy.accepts(math.nan, threshold, math.nan)
+
+
+@given(numbers, numbers, st.floats(0.0, 1.0))
+def test_without_a_margin_the_threshold_decides(score: float, threshold: float, resemblance: float) -> None:
+    policy = Policy(margin=0.0, max_resemblance=1.0)
+    assert policy.accepts(score, threshold, resemblance) == (score <= threshold)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"budget": -1}, "budget=-1 is negative"),
         ({"max_attempts": -1}, "max_attempts=-1 is negative"),
+        ({"margin": -0.1}, "margin=-0.1 is negative"),
+        ({"margin": math.nan}, "margin=nan is negative"),
+        ({"max_resemblance": 0.0}, "max_resemblance=0.0 is not above 0"),
+        ({"max_resemblance": -0.5}, "max_resemblance=-0.5 is not above 0"),
+        ({"max_resemblance": 1.1}, "max_resemblance=1.1 is not above 0 and up to 1"),
+        ({"max_resemblance": math.nan}, "max_resemblance=nan"),
         ({"on_failure": "shrug"}, "on_failure='shrug' is not one of"),
     ],
 )

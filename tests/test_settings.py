@@ -17,7 +17,7 @@ from sd_guard.settings import guard_from_json, guard_to_json
 
 shares = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4, unique=True)
 mitigations = st.one_of(
-    st.builds(WordAblation, max_words=st.integers(1, 6), suspects=st.integers(1, 3)),
+    st.builds(WordAblation, max_words=st.integers(1, 6), refined=st.integers(1, 3)),
     st.builds(EmbeddingNoise, strengths=st.lists(st.floats(0.1, 9), max_size=3).map(tuple)),
     st.builds(DelayedGuidance, until=st.lists(st.floats(0, 1), max_size=3).map(tuple)),
 )
@@ -26,24 +26,31 @@ mitigations = st.one_of(
 @given(
     observed=shares,
     probes=st.integers(0, 5),
-    threshold=st.floats(allow_nan=False),
+    detector=st.builds(
+        PrematureDetail,
+        threshold=st.floats(allow_nan=False),
+        doubt=st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)),
+        lid_weight=st.floats(0, 90),
+        ordinary_deficit=st.floats(-1, 1),
+    ),
     plan=st.lists(mitigations, max_size=4),
     policy=st.builds(
         Policy,
         budget=st.none() | st.integers(0, 999),
         max_attempts=st.integers(0, 9),
+        margin=st.floats(0, 9),
+        max_resemblance=st.floats(0, 1, exclude_min=True),
         on_failure=st.sampled_from(["blank", "keep", "raise"]),
     ),
     seed=st.integers(0, 2**40),
 )
 def test_round_trip(
-    observed: list[float], probes: int, threshold: float, plan: list, policy: Policy, seed: int
+    observed: list[float], probes: int, detector: PrematureDetail, plan: list, policy: Policy, seed: int
 ) -> None:
     guard = Guard(
         observe_at=tuple(observed),
-        probe_at=(observed[0],),
         probes=probes,
-        detector=PrematureDetail(threshold=threshold),
+        detector=detector,
         plan=tuple(plan),
         policy=policy,
         seed=seed,
@@ -92,9 +99,11 @@ def changed(**values: object) -> str:
         changed(observe_at=[1.5]),
         changed(observe_at=[]),
         changed(observe_at=None),
+        changed(probe_at=[0.1]),
         changed(detector={"name": "oracle"}),
         changed(plan=[{"name": "word_ablation", "colour": 1}]),
         changed(policy={"budget": -4}),
+        changed(policy={"max_resemblance": 0.0}),
     ],
 )
 def test_what_is_no_guard_settings(text: str) -> None:
@@ -103,11 +112,28 @@ def test_what_is_no_guard_settings(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@given(st.floats(0, 1, exclude_max=True), st.integers(1, 1000))
-def test_steps_are_on_the_schedule(share: float, count: int) -> None:
-    observed, probed = Guard(observe_at=(0.0, share), probe_at=(share,)).steps(count)
-    assert observed == sorted(set(observed))
-    assert observed[0] == 0
-    assert probed <= set(observed)
-    assert observed[-1] < count
-    assert abs(observed[-1] - share * count) <= 1
+@given(shares, st.integers(1, 1000))
+def test_steps_are_on_the_schedule(observed: list[float], count: int) -> None:
+    """Ascending, none twice, each as near its share as a step can be, and none more than there are shares."""
+    steps = Guard(observe_at=tuple(observed)).steps(count)
+    assert steps == sorted(set(steps))
+    assert len(steps) <= len(observed)
+    assert 0 <= steps[0] <= steps[-1] < count
+    assert all(min(abs(step - share * count) for step in steps) <= 1 for share in observed)
+    assert abs(steps[-1] - max(observed) * count) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"observe_at": ()}, r"observe_at=\(\) must hold shares"),
+        ({"observe_at": (0.1, 1.0)}, r"observe_at=\(0\.1, 1\.0\) must hold shares of the schedule in \[0, 1\)"),
+        ({"observe_at": (-0.1,)}, "must hold shares"),
+        ({"observe_at": (float("nan"),)}, "must hold shares"),
+        ({"probes": -1}, "probes=-1 is negative; 0 decides by the free statistics alone"),
+    ],
+)
+def test_settings_that_no_run_could_use(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Guard(**options)
+    assert "\n" not in str(caught.value)

@@ -387,3 +387,10 @@ def test_mistakes_are_refused() -> None:
 def test_families_are_named() -> None:
     assert set(PRODUCTS) == {"finite-difference", "forward-mode", "reverse-mode"}
     assert set(ESTIMATORS) == {"hutchinson", "hutch++", "exact"}
+
+
+@pytest.mark.parametrize("seed", [0, 2**53, 2**63 + 12345, 2**64 - 2])
+def test_neighbouring_seeds_have_different_probes(seed: int) -> None:
+    """Up to the last bit of a seed: above 2^63 a list of integers would silently become floats."""
+    first, second = draw_row_probes([seed, seed + 1], (4, 8, 8), 5, torch.device("cpu"))
+    assert not torch.equal(first, second)

@@ -155,21 +155,35 @@ class Forget:
         yield Change("forget", 1.0, subject.empty_embeds, "")
 
 
+# Scores between which an image is in doubt, and so is probed: no image, or every one with a score.
+NOBODY, EVERYBODY = (math.inf, -math.inf), (-math.inf, math.inf)
+
+
 @dataclass(frozen=True)
 class DetailRatio:
-    """The free half of the default detector: what is tested here must not depend on how the halves are weighted."""
+    """The free half of the default detector: what is tested here must not depend on how the halves are weighted.
+
+    Images in doubt are probed, which costs and is recorded, and leaves their scores as they are.
+    """
 
     threshold: float
+    doubt: tuple[float, float] = NOBODY
 
     def score(self, observations: Sequence[Observation]) -> torch.Tensor:
         return torch.stack([seen.values["log_detail_ratio"] for seen in observations]).mean(0)
 
+    def in_doubt(self, observations: Sequence[Observation]) -> torch.Tensor:
+        score = self.score(observations)
+        return (score > self.doubt[0]) & (score < self.doubt[1])
 
-def watching(threshold: float = math.inf, plan: Any = (Forget(),), **options: Any) -> Guard:
+
+def watching(
+    threshold: float = math.inf, plan: Any = (Forget(),), *, doubt: tuple[float, float] = NOBODY, **options: Any
+) -> Guard:
     """A guard that looks at two steps, decides in the middle of sampling, and flags above `threshold`."""
-    options = {"observe_at": (0.2, 0.5), "probe_at": (0.5,)} | options
+    options = {"observe_at": (0.2, 0.5), "probes": 1, "detector": DetailRatio(threshold, doubt)} | options
     policy = Policy(margin=0.0, max_resemblance=1.0)  # on random weights all predictions look alike
-    return Guard(detector=DetailRatio(threshold), plan=plan, policy=policy, **options)
+    return Guard(plan=plan, policy=policy, **options)
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

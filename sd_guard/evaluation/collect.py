@@ -11,6 +11,7 @@ One row a measurement, in Arrow:
 | `statistic` | string | its name |
 | `step` | int32 | index into the scheduler's timesteps |
 | `value` | float64 | in the statistic's own unit; NaN if it could not be measured |
+| `lanes` | float64 | lane evaluations an image beyond the sampler's own |
 | `milliseconds` | float64 | of measuring, an image: of its batch, divided by the images in it |
 """
 
@@ -28,8 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sd_guard.evaluation.settings import DEFAULT_SHARES
-from sd_guard.guard import step_at
+from sd_guard.evaluation.guarded import Watching
+from sd_guard.evaluation.settings import DEFAULT_SHARES, GUARD
+from sd_guard.guard import Guard, step_at
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.screening.prompts import MAX_SEED, PromptRow
 from sd_guard.statistics.base import SeedStatistic, Statistic
@@ -48,6 +50,7 @@ SCHEMA: Final = pa.schema(
         pa.field("statistic", pa.string(), nullable=False),
         pa.field("step", pa.int32(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
+        pa.field("lanes", pa.float64(), nullable=False),
         pa.field("milliseconds", pa.float64(), nullable=False),
     ]
 )
@@ -55,11 +58,10 @@ SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a table has to know of a statistic: its name, its direction, its extra lanes an image."""
+    """What a table has to know of a statistic: its name and its direction."""
 
     name: str
     higher_is_memorized: bool
-    lanes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +97,13 @@ class _Plan:
     batch_size: int
     single: Mapping[int, Sequence[Statistic]]
     seeded: Mapping[int, Sequence[SeedStatistic]]
+    guard: Guard | None
+    watched: list[int]
 
     @property
     def last(self) -> int:
         """The last step that anything is measured at."""
-        return max([*self.single, *self.seeded])
+        return max([*self.single, *self.seeded, *self.watched])
 
 
 def collect(
@@ -113,6 +117,7 @@ def collect(
     guidance_scale: float = 7.5,
     observe_at: Sequence[float] = DEFAULT_SHARES,
     batch_size: int = 16,
+    guard: Guard | None = None,
     done: Collection[int] = (),
     sink: Callable[[Table], None] | None = None,
     progress: bool = True,
@@ -133,6 +138,7 @@ def collect(
         guidance_scale: Above 1.
         observe_at: Shares of the schedule in [0, 1]; 1 is the last step.
         batch_size: Images a batch at most.
+        guard: Measured as one more statistic, `guard`: the score that it decides by.
         done: Places of prompts to leave out.
         sink: Given the rows of some prompts as soon as these are complete; what it was given need not be done again.
         progress: Whether to show a bar.
@@ -143,8 +149,8 @@ def collect(
     Raises:
         ValueError: A setting is out of its range, two statistics share a name, or one returned no value for each image.
     """
-    described = describe(statistics, seed_statistics, seeds=seeds, observe_at=observe_at)
-    plan = _plan(pipe, statistics, seed_statistics, steps, guidance_scale, observe_at, batch_size)
+    described = describe(statistics, seed_statistics, seeds=seeds, observe_at=observe_at, with_guard=guard is not None)
+    plan = _plan(pipe, statistics, seed_statistics, steps, guidance_scale, observe_at, batch_size, guard)
     todo = [(index, row) for index, row in enumerate(rows) if index not in done]
     prompts_a_time = max(1, batch_size // seeds)
     total, behind = len(rows) * seeds, (len(rows) - len(todo)) * seeds
@@ -179,6 +185,7 @@ def describe(
     *,
     seeds: int,
     observe_at: Sequence[float],
+    with_guard: bool = False,
 ) -> tuple[Described, ...]:
     """Checks what is to be measured; no model is needed.
 
@@ -186,14 +193,15 @@ def describe(
         ValueError: Nothing to measure, two of one name, a share out of range, or one seed where seeds are compared.
     """
     asked = [*statistics, *seed_statistics]
-    names = [statistic.name for statistic in asked]
+    names = [*([GUARD] if with_guard else []), *(statistic.name for statistic in asked)]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"statistics {', '.join(names) or 'none'}: give at least one, and each once")
     if not observe_at or not all(0 <= share <= 1 for share in observe_at):
         raise ValueError(f"observe_at={tuple(observe_at)} must hold shares of the schedule in [0, 1], at least one")
     if seeds < 1 or (seed_statistics and seeds < 2):
         raise ValueError(f"seeds={seeds} is too few; give 1, or 2 where seeds are compared, or more")
-    return tuple(Described(each.name, each.higher_is_memorized, each.lanes) for each in asked)
+    own = (Described(GUARD, True),) if with_guard else ()
+    return (*own, *(Described(each.name, each.higher_is_memorized) for each in asked))
 
 
 def _plan(
@@ -204,6 +212,7 @@ def _plan(
     guidance_scale: float,
     observe_at: Sequence[float],
     batch_size: int,
+    guard: Guard | None,
 ) -> _Plan:
     scheduler = deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
@@ -223,6 +232,8 @@ def _plan(
         batch_size=batch_size,
         single=by_step(statistics),
         seeded=by_step(seed_statistics),
+        guard=guard,
+        watched=guard.steps(count) if guard is not None else [],
     )
 
 
@@ -235,13 +246,22 @@ def _measure(pipe: Any, images: Sequence[_Image], plan: _Plan, seeds: int) -> It
         own_seeds = [image.seed for image in batch]
         model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64 for seed in own_seeds])
         prompts = [image.row.prompt for image in batch]
+        watching = Watching(plan.guard, model, plan.watched) if plan.guard is not None else None
+        watched = 0.0
         for call in walk(pipe, prompts, own_seeds, steps=plan.steps, guidance_scale=plan.guidance_scale):
+            if watching is not None:
+                decided, elapsed = _timed(call.x.device, watching.watch, call)
+                watched += elapsed
+                for image, score, lanes in zip(batch, *(decided or ((), ())), strict=decided is not None):
+                    yield _row(image, image.seed, GUARD, call.step, score, lanes, watched / len(batch))
             for statistic in plan.single.get(call.step, ()):
                 values, elapsed = _timed(call.x.device, statistic.measure, call, model)
                 if values.shape != (len(batch),):
                     raise ValueError(f"{statistic.name} gave {tuple(values.shape)} for {len(batch)} images; mend it")
                 for image, value in zip(batch, values.tolist(), strict=True):
-                    yield _row(image, image.seed, statistic.name, call.step, value, elapsed / len(batch))
+                    yield _row(
+                        image, image.seed, statistic.name, call.step, value, statistic.lanes, elapsed / len(batch)
+                    )
             for statistic in plan.seeded.get(call.step, ()):
                 feature, elapsed = _timed(call.x.device, statistic.feature, call, model)
                 features[call.step, statistic.name].append(feature)
@@ -254,11 +274,11 @@ def _measure(pipe: Any, images: Sequence[_Image], plan: _Plan, seeds: int) -> It
             cost = spent[step, statistic.name] / len(images)
             for start in range(0, len(images), seeds):
                 value, elapsed = _timed(feature.device, statistic.compare, feature[start : start + seeds])
-                yield _row(images[start], None, statistic.name, step, value, cost + elapsed / seeds)
+                yield _row(images[start], None, statistic.name, step, value, statistic.lanes, cost + elapsed / seeds)
 
 
-def _row(image: _Image, seed: int | None, statistic: str, step: int, value: float, milliseconds: float) -> Row:
-    values = (image.index, image.row.prompt, image.row.family, seed, statistic, step, value, milliseconds)
+def _row(image: _Image, seed: int | None, statistic: str, step: int, *measured: float) -> Row:
+    values = (image.index, image.row.prompt, image.row.family, seed, statistic, step, *measured)
     return dict(zip(SCHEMA.names, values, strict=True))
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from sd_guard.evaluation.settings import EvaluationSettings, check_labels
+from sd_guard.evaluation.settings import GUARD, EvaluationSettings, check_labels
 from sd_guard.screening.loading import first_line, load_pipeline
 from sd_guard.screening.prompts import PromptRow, read_prompts
 from sd_guard.screening.records import SHARDS_FOLDER, write_atomic
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sd_guard.statistics.base import SeedStatistic, Statistic
 
 MEASUREMENTS_FILE: Final = "measurements.parquet"
+MAX_LANES_UNASKED: Final = 100  # as many as an image of 50 guided steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class EvaluationPlan:
     rows: tuple[PromptRow, ...]
     statistics: tuple[Statistic, ...]
     seed_statistics: tuple[SeedStatistic, ...]
+    with_guard: bool
     configuration: dict[str, Any]
 
 
@@ -49,14 +51,15 @@ def plan_evaluation(settings: EvaluationSettings) -> EvaluationPlan:
     """
     rows = read_prompts(settings.prompts)
     check_labels(settings.prompts, rows)
-    statistics, seed_statistics = _statistics(settings)
+    with_guard, statistics, seed_statistics = _statistics(settings)
     from sd_guard.evaluation.collect import image_seed
 
     for index, row in enumerate(rows):
         image_seed(row, index, settings.seeds - 1)
-    configuration = settings.configuration([each.name for each in (*statistics, *seed_statistics)])
+    own = [GUARD] if with_guard else []
+    configuration = settings.configuration([*own, *(each.name for each in (*statistics, *seed_statistics))])
     open_run(settings.run, configuration, resume=settings.resume)
-    return EvaluationPlan(settings, tuple(rows), statistics, seed_statistics, configuration)
+    return EvaluationPlan(settings, tuple(rows), statistics, seed_statistics, with_guard, configuration)
 
 
 def evaluate(
@@ -94,6 +97,7 @@ def evaluate(
                 guidance_scale=asked.model.guidance_scale,
                 observe_at=asked.observe_at,
                 batch_size=asked.batch_size,
+                guard=pipe.guard if plan.with_guard else None,
                 done=done,
                 sink=lambda table: _write_shard(out, table),
             )
@@ -102,7 +106,13 @@ def evaluate(
         values = read_measurements(out)
     _write_parquet(out / MEASUREMENTS_FILE, values)
     _remove_shards(out)
-    described = describe(plan.statistics, plan.seed_statistics, seeds=asked.seeds, observe_at=asked.observe_at)
+    described = describe(
+        plan.statistics,
+        plan.seed_statistics,
+        seeds=asked.seeds,
+        observe_at=asked.observe_at,
+        with_guard=plan.with_guard,
+    )
     write_results(out, Measurements(values=values, statistics=described, seeds=asked.seeds))
     finish_manifest(out)
     return out
@@ -140,15 +150,20 @@ def read_measurements(out: Path) -> Table:
     return pa.concat_tables(tables)
 
 
-def _statistics(settings: EvaluationSettings) -> tuple[tuple[Statistic, ...], tuple[SeedStatistic, ...]]:
-    """Those that are asked for; without names, all that so many seeds allow."""
+def _statistics(settings: EvaluationSettings) -> tuple[bool, tuple[Statistic, ...], tuple[SeedStatistic, ...]]:
+    """Those that are asked for, and whether the guard is among them.
+
+    Without names, all that so many seeds allow, but those that cost more than an image itself.
+    """
     from sd_guard.statistics import SEED_STATISTICS, STATISTICS
 
     names = settings.statistics
     if names is None:
-        names = (*STATISTICS, *(SEED_STATISTICS if settings.seeds > 1 else ()))
-    _check_names(names, STATISTICS, SEED_STATISTICS, settings.seeds)
+        cheap = (name for name, kind in STATISTICS.items() if kind().lanes <= MAX_LANES_UNASKED)
+        names = (GUARD, *cheap, *(SEED_STATISTICS if settings.seeds > 1 else ()))
+    _check_names(names, (GUARD, *STATISTICS), SEED_STATISTICS, settings.seeds)
     return (
+        GUARD in names,
         tuple(kind() for name, kind in STATISTICS.items() if name in names),
         tuple(kind() for name, kind in SEED_STATISTICS.items() if name in names),
     )

@@ -13,6 +13,7 @@ from sd_guard.screening.settings import ModelSettings, RunSettings
 
 Kind: TypeAlias = Literal["verbatim", "template", "memorized", "plain", "novel"]
 
+GUARD: Final = "guard"  # the guard's own score, as one more statistic
 DEFAULT_SHARES: Final = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.4, 1.0)
 MEMORIZED: Final[tuple[Kind, ...]] = ("verbatim", "template", "memorized")
 OTHER: Final[tuple[Kind, ...]] = ("plain", "novel")
@@ -36,7 +37,7 @@ class EvaluationSettings:
         prompts: `.csv` or `.jsonl` with the columns `prompt` and `family` (a key of `FAMILIES`); `seed` is optional.
         out: The folder to write.
         model: The model and its sampling; guidance above 1, and images of the model's own size.
-        statistics: Names; None for all that `seeds` allows.
+        statistics: Names; None for all that `seeds` allows, but the dearest.
         seeds: Images a prompt, >= 1; the table has one image of them, and all of them together.
         observe_at: Shares of the schedule in [0, 1], 1 being the last step, for statistics with no step of their own.
         batch_size: Images a batch, >= 1; a resumed evaluation may change it.

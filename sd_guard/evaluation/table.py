@@ -13,7 +13,7 @@ One row a statistic x step x question x number of images looked at:
 | `auroc` | float64 | see `sd_guard.evaluation.metrics` |
 | `tpr_at_1_fpr`, `tpr_at_3_fpr` | float64 | true-positive rate where at most 1 % or 3 % of the negatives are flagged |
 | `..._low`, `..._high` | float64 | 95 % interval over clusters of near-duplicate prompts; NaN for a single cluster |
-| `lanes` | float64 | lane evaluations an image beyond the sampler's own |
+| `lanes` | float64 | lane evaluations beyond the sampler's own, mean of the images of the negatives |
 | `milliseconds` | float64 | of measuring, an image: median over the images |
 """
 
@@ -88,6 +88,7 @@ class _Series:
     step: int
     scores: Floats
     compared: bool
+    lanes: Floats
     milliseconds: float
 
 
@@ -126,7 +127,7 @@ def tabulate(measurements: Measurements, *, resamples: int = 500, seed: int = 0)
         weights = resample(positive, clusters[asked], resamples=resamples, seed=seed)
         each = np.repeat(weights, measurements.seeds, axis=0)  # the seeds of a prompt stand or fall together
         for one in series:
-            judge = partial(_judge, one, question.name)
+            judge = partial(_judge, one, question.name, float(one.lanes[asked][~positive].mean()))
             scores = one.scores[asked]
             if not one.compared:
                 images = np.repeat(positive, measurements.seeds)
@@ -168,7 +169,7 @@ def markdown(table: Table) -> str:
 
 def _line(row: Mapping[str, Any]) -> str:
     metrics = [_with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in METRICS]
-    cost = [f"{row['unscored']}", f"{row['lanes']:g}", f"{row['milliseconds']:.3g}"]
+    cost = [f"{row['unscored']}", f"{row['lanes']:.3g}", f"{row['milliseconds']:.3g}"]
     return f"| {' | '.join([row['statistic'], str(row['step']), *metrics, *cost])} |"
 
 
@@ -177,7 +178,7 @@ def _with_interval(value: float, low: float, high: float) -> str:
 
 
 def _judge(
-    series: _Series, question: str, images: int, scores: Floats, positive: Bools, weights: Weights
+    series: _Series, question: str, lanes: float, images: int, scores: Floats, positive: Bools, weights: Weights
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "statistic": series.described.name,
@@ -187,7 +188,7 @@ def _judge(
         "positives": int(positive.sum()),
         "negatives": int((~positive).sum()),
         "unscored": int(np.isnan(scores).sum()),
-        "lanes": series.described.lanes,
+        "lanes": lanes,
         "milliseconds": series.milliseconds,
     }
     for name, metric in METRICS.items():
@@ -201,7 +202,7 @@ def _series(measurements: Measurements, prompts: int) -> Iterator[_Series]:
     values = measurements.values.sort_by([(key, "ascending") for key in ("statistic", "step", "index", "seed")])
     names = values["statistic"].combine_chunks().dictionary_encode()
     codes, words = names.indices.to_numpy(), names.dictionary.to_pylist()
-    steps, numbers, costs = (values[name].to_numpy() for name in ("step", "value", "milliseconds"))
+    steps, numbers, lanes, costs = (values[name].to_numpy() for name in ("step", "value", "lanes", "milliseconds"))
     compared = values["seed"].is_null().to_numpy()
     starts = np.flatnonzero((np.diff(codes, prepend=-1) != 0) | (np.diff(steps, prepend=-1) != 0))
     described = {each.name: each for each in measurements.statistics}
@@ -214,7 +215,12 @@ def _series(measurements: Measurements, prompts: int) -> Iterator[_Series]:
         scores = numbers[start:end].reshape(prompts, width)
         sign = 1.0 if described[name].higher_is_memorized else -1.0
         yield _Series(
-            described[name], int(steps[start]), sign * scores, bool(compared[start]), float(np.median(costs[start:end]))
+            described[name],
+            int(steps[start]),
+            sign * scores,
+            bool(compared[start]),
+            lanes[start:end].reshape(prompts, width),
+            float(np.median(costs[start:end])),
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sd_guard.mitigation.base import Change, Subject
-from sd_guard.statistics.sharpness import log_detail_ratio, resemblance
+from sd_guard.statistics.sharpness import resemblance
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search
 
@@ -17,63 +18,65 @@ _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which b
 class WordAblation:
     """Finds the words that carry the memory and samples without them.
 
-    Two questions are asked at the first step of the image's own trajectory, one lane a prompt. First each word alone,
-    by premature detail: a word that carries a memory brings a picture with it, an ordinary word does not. (Leaving
-    words out one at a time tells less: of two names that both carry it, neither is missed.) Then the prompt without
-    each short span around the words that stood out: is the prediction still premature, or still the flagged picture,
-    however faint? Shorter spans come first, so that as much of the prompt is kept as can be; among those of one length,
-    the one whose words stood out most. Strength: words removed.
+    One question is asked at the first step of the image's own trajectory, one lane a prompt: how much of the flagged
+    picture is still predicted without these words? First of each run of `max_words`, then of the shorter runs within
+    the best of them; and where the picture survives all of these, of runs twice as long, and of the best run together
+    with each other one. Asking runs rather than single words matters: of two names that both carry a memory, neither
+    is missed. Strength: words removed.
 
     Attributes:
-        max_words: longest span.
-        suspects: words that spans are built around.
-        max_detail: log detail ratio at the first step up to which the rest of a prompt counts as ordinary.
-        max_resemblance: up to which the picture counts as gone at the first step: 0 is as little as the prediction
-            without a prompt resembles it, 1 is the picture itself.
+        max_words: of the runs.
+        refined: runs that shorter ones are looked for in.
+        word_cost: resemblance that keeping one more word is worth.
+        max_resemblance: above which the picture has survived: 0 is as little as the prediction without a prompt
+            resembles it, 1 is the picture itself.
     """
 
     max_words: int = 3
-    suspects: int = 3
-    max_detail: float = 0.3
+    refined: int = 2
+    word_cost: float = 0.05
     max_resemblance: float = 0.6
 
     def propose(self, subject: Subject) -> Iterator[Change]:
-        """Spans without which the picture is gone, then the other spans by how far gone it is."""
+        """Removals, best first: the least of the picture left, at the least cost in words."""
         if subject.prompt is None:
             return
-        pieces = split_words(subject.prompt)
-        if len(pieces) < 2 or subject.lanes_left() < len(pieces) + 2:
+        words = split_words(subject.prompt)
+        width = min(self.max_words, len(words) - 1)
+        runs = [range(start, start + width) for start in range(len(words) - width + 1)] if width > 0 else []
+        if not runs or subject.lanes_left() < len(runs) + 2:
             return
         whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
-        control, flagged, *words = subject.predict(torch.cat([whole, subject.encode(pieces).to(whole)])).split(1)
-        alone: list[float] = log_detail_ratio(torch.cat(words), control).tolist()
-        spans = self._spans(alone)
-        if subject.lanes_left() < len(spans):
-            return
-        rests = [" ".join(pieces[:start] + pieces[end:]) for start, end in spans]
-        predicted = subject.predict(subject.encode(rests))
-        details: list[float] = log_detail_ratio(predicted, control).tolist()
-        anyway = resemblance(control, flagged).clamp(max=0.99)
-        alike: list[float] = ((resemblance(predicted, flagged.expand_as(predicted)) - anyway) / (1 - anyway)).tolist()
-        found: list[tuple[bool, float, float, str]] = []
-        for (start, end), ratio, near, rest in zip(spans, details, alike, rests, strict=True):
-            gone = ratio <= self.max_detail and near <= self.max_resemblance
-            found.append((not gone, end - start if gone else near, -sum(alone[start:end]), rest))
-        for _, _, _, rest in sorted(found):
+        control, flagged = subject.predict(whole).split(1)
+        left: dict[frozenset[int], float] = {}
+
+        def ask(removals: Iterable[Iterable[int]]) -> None:
+            new = [removal for removal in map(frozenset, removals) if 0 < len(removal) < len(words)]
+            new = [removal for removal in dict.fromkeys(new) if removal not in left]
+            if new and subject.lanes_left() >= len(new):
+                predicted = subject.predict(subject.encode([_without(words, removal) for removal in new]))
+                left.update(zip(new, _what_is_left(predicted, flagged, control), strict=True))
+
+        ask(runs)
+        best = sorted(runs, key=lambda run: left[frozenset(run)])[: self.refined]
+        ask(run[i:j] for run in best for i in range(width) for j in range(i + 1, width + 1))
+        if min(left.values()) > self.max_resemblance:
+            ask(range(run.start, run.stop + width) for run in runs[: -width or None])
+            ask((*best[0], *run) for run in runs)
+        for removal in sorted(left, key=lambda removal: left[removal] + self.word_cost * len(removal)):
+            rest = _without(words, removal)
             removed = len(subject.prompt.split()) - len(rest.split())
             yield Change("word_ablation", float(removed), subject.encode([rest])[0], rest)
 
-    def _spans(self, alone: list[float]) -> list[tuple[int, int]]:
-        """Starts and ends of all spans of at most `max_words` around a suspect that leave something of the prompt."""
-        count = len(alone)
-        suspects = sorted(range(count), key=lambda i: -alone[i])[: self.suspects]
-        spans = {
-            (start, start + length)
-            for suspect in suspects
-            for length in range(1, min(self.max_words, count - 1) + 1)
-            for start in range(max(0, suspect - length + 1), min(suspect, count - length) + 1)
-        }
-        return sorted(spans)
+
+def _without(words: Sequence[str], removal: Collection[int]) -> str:
+    return " ".join(word for i, word in enumerate(words) if i not in removal)
+
+
+def _what_is_left(predicted: Tensor, flagged: Tensor, control: Tensor) -> list[float]:
+    """Resemblance to the flagged picture, from 0 (no more than a prediction without a prompt has) to 1."""
+    anyway = resemblance(control, flagged).clamp(max=0.99)
+    return ((resemblance(predicted, flagged.expand_as(predicted)) - anyway) / (1 - anyway)).tolist()
 
 
 def split_words(prompt: str) -> list[str]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sd_guard.detection import verdict_of
+from sd_guard.detection import decide
 from sd_guard.guard import Guard
 from sd_guard.lanes import evaluate_lanes
 from sd_guard.mitigation import Change, Subject
 from sd_guard.noise import interpret, read_level
-from sd_guard.observation import predicted_image
+from sd_guard.observation import Observation, predicted_image, probe
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
 from sd_guard.policy import Attempt, Case
@@ -54,7 +55,6 @@ class Escalation:
         walk: of all B images.
         empty_embeds: (tokens, width).
         cases: of all B images.
-        observation_lanes: extra lanes an image that one watched trajectory costs.
         memory: (B, C, H, W) predicted images of the flagged trajectory: what must not come back.
     """
 
@@ -66,13 +66,13 @@ class Escalation:
     walk: Walk
     empty_embeds: Tensor
     cases: Sequence[Case]
-    observation_lanes: int
     memory: Tensor
 
     @property
     def cost(self) -> int:
-        """Lanes an image of one attempt."""
-        return self.walk.cost(self.observation_lanes)
+        """Lanes an image of one attempt, probes apart."""
+        controls = 0 if self.inputs.control_is_empty and self.inputs.guided else len(self.watch.steps)
+        return self.walk.cost(controls)
 
     def run(self) -> list[Rescue]:
         """Tries the plan on every flagged image until it passes or nothing is left to try or to spend."""
@@ -106,20 +106,31 @@ class Escalation:
             list(changes.values()),
             self.empty_embeds,
         )
-        detector, policy = self.guard.detector, self.guard.policy
-        scores: list[float] = detector.score(resumed.observations).tolist()
-        alike: list[float] = resemblance(predicted_image(resumed.observations), self.memory[rows]).tolist()
+        threshold, policy = self.guard.detector.threshold, self.guard.policy
+        for row in rows:
+            self.cases[row].lanes += self.cost
+        seen, scores = decide(self.guard.detector, resumed.observations, partial(self._probe, rows, resumed))
+        alike: list[float] = resemblance(predicted_image(seen), self.memory[rows]).tolist()
         rescued: list[Rescue] = []
         for index, row in enumerate(rows):
-            change, case = changes[row], self.cases[row]
-            ordinary = verdict_of(scores[index], detector.threshold - policy.margin) == "pass"
-            passed = ordinary and alike[index] <= policy.max_resemblance
-            case.lanes += self.cost
-            attempt = Attempt(change.mitigation, change.strength, 0, scores[index], alike[index], passed, change.prompt)
-            case.close(attempt)
+            change, case, score, near = changes[row], self.cases[row], scores[index], alike[index]
+            passed = policy.accepts(score, threshold, near)
+            case.close(Attempt(change.mitigation, change.strength, 0, score, near, passed, change.prompt))
             if passed:
                 rescued.append(Rescue(row, change, resumed, index))
         return rescued
+
+    def _probe(self, rows: list[int], resumed: Resumed, doubtful: Sequence[int]) -> Observation:
+        """Probes those of the resumed images in doubt that can still afford it."""
+        watch, seen = self.watch.select(rows), resumed.observations[-1]
+        cases = {index: self.cases[rows[index]] for index in doubtful}
+        able = [index for index, case in cases.items() if case.lanes + 2 * watch.probes <= case.budget]
+        if not able or not watch.probes:
+            return seen
+        for index in able:
+            cases[index].lanes += 2 * watch.probes
+        kind = prediction_type(self.pipe)
+        return probe(seen, resumed.last, self.pipe.unet, kind, able, probes=watch.probes, seeds=watch.seeds)
 
     def _propose(self, row: int) -> Iterator[Change]:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row

@@ -14,7 +14,7 @@ from torch import Tensor
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.mitigation import Change
 from sd_guard.noise import read_level
-from sd_guard.observation import Observation, observe
+from sd_guard.observation import Observation, observe, with_control
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.snapshots import fork_generators, select_images
 from sd_guard.statistics.base import StepCall
@@ -59,29 +59,32 @@ class Walk:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Where a trajectory is observed: steps, those of them that are probed, vectors a probed step, and probe seeds."""
+    """Where a trajectory is observed, what an image in doubt may get at the last of the steps, and probe seeds."""
 
     steps: Sequence[int]
-    probed: frozenset[int]
     probes: int
     seeds: Sequence[int]
 
     def select(self, rows: Sequence[int]) -> Watch:
         """The same for some images."""
-        return Watch(self.steps, self.probed, self.probes, [self.seeds[row] for row in rows])
-
-    def probes_at(self, step: int) -> int:
-        """Vectors to spend at a step."""
-        return self.probes if step in self.probed else 0
+        return Watch(self.steps, self.probes, [self.seeds[row] for row in rows])
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where the resumed images stand after the last observed step: (F, C, H, W) latents and their scheduler."""
+    """Where the resumed images stand after the last observed step.
+
+    Attributes:
+        latents: (F, C, H, W).
+        scheduler: their own.
+        observations: free statistics.
+        last: the UNet call of the last observed step.
+    """
 
     latents: Tensor
     scheduler: Any
     observations: list[Observation]
+    last: StepCall
 
 
 @torch.no_grad()
@@ -116,6 +119,7 @@ def resume(
     step_arguments = pipe.prepare_extra_step_kwargs(generator, inputs.eta)
     own = walk.lanes.select(torch.cat([index + first for first in range(0, walk.count, images)]))
     seen: list[Observation] = []
+    call: StepCall | None = None
     for step, scale in enumerate(walk.scales):
         timestep = scheduler.timesteps[step]
         changed = _changed_embeds(changes, step / len(scheduler.timesteps), empty_embeds).to(own.prompt_embeds)
@@ -130,14 +134,15 @@ def resume(
             control = negative if inputs.control_is_empty else None
             seen_with = now if control is not None else control_lanes(now, count, empty_embeds)
             call = StepCall(step, timestep, level, x[:count], conditional, control, seen_with)
-            probes = watch.probes_at(step)
-            seen.append(observe(call, pipe.unet, prediction_type(pipe), probes=probes, seeds=watch.seeds))
+            call = with_control(call, pipe.unet)
+            seen.append(observe(call, prediction_type(pipe)))
         if scale is None or negative is None:
             noise = conditional
         else:
             noise = guide(conditional, negative, scale, inputs.guidance_rescale)
         latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
-    return Resumed(latents, scheduler, seen)
+    assert call is not None
+    return Resumed(latents, scheduler, seen, call)
 
 
 def guide(conditional: Tensor, negative: Tensor, scale: float, rescale: float) -> Tensor:

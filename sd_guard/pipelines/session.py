@@ -8,17 +8,27 @@ lives here and not on the pipeline, so that two threads can share one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sd_guard.detection import verdict_of
+from sd_guard.detection import decide, verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import NoiseLevel, read_level
-from sd_guard.observation import STATISTICS, Observation, observe, predicted_image
+from sd_guard.observation import (
+    PROBED,
+    STATISTICS,
+    Observation,
+    lanes_of,
+    observe,
+    predicted_image,
+    probe,
+    with_control,
+)
 from sd_guard.pipelines.escalation import Escalation, Rescue
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_delayed
@@ -45,9 +55,9 @@ class Session:
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
-        steps, probed = self.guard.steps(len(pipe.scheduler.timesteps))
+        steps = self.guard.steps(len(pipe.scheduler.timesteps))
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
-        self.watch = Watch(steps, frozenset(probed), self.guard.probes, seeds)
+        self.watch = Watch(steps, self.guard.probes, seeds)
         self.start = Start(copy_scheduler(pipe.scheduler), latents, generator_states(self.inputs.generator))
         self._read_level(pipe, 0)
 
@@ -56,14 +66,11 @@ class Session:
         if self.start is not None and self.watch is not None:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
-                call = self._read_call(step, timestep, tensors, lanes, self.level)
-                probes = self.watch.probes_at(step)
-                self.observations.append(
-                    observe(call, pipe.unet, prediction_type(pipe), probes=probes, seeds=self.watch.seeds)
-                )
-            if step == self.watch.steps[-1]:
-                tensors = self._decide(pipe, tensors)
-                self.start = self.walk = None  # the snapshots have served
+                call = with_control(self._read_call(step, timestep, tensors, lanes, self.level), pipe.unet)
+                self.observations.append(observe(call, prediction_type(pipe)))
+                if step == self.watch.steps[-1]:
+                    tensors = self._decide(pipe, call, tensors)
+                    self.start = self.walk = None  # the snapshots have served
         count = len(pipe.scheduler.timesteps)
         if step + 1 == count:
             self._verify(tensors["latents"])
@@ -90,16 +97,22 @@ class Session:
         self.walk = Walk(before.lanes if fewer else lanes, (*before.scales, scale))
         return lanes
 
-    def _decide(self, pipe: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Scores all images, the one host synchronisation of an unflagged call, and resolves the flagged ones."""
+    def _decide(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Scores all images, the one host synchronisation of a call without doubt, and resolves the flagged ones."""
         assert self.start is not None
         assert self.watch is not None
         assert self.walk is not None
         detector, policy = self.guard.detector, self.guard.policy
-        spent = sum(seen.lanes for seen in self.observations)
+        watch, free = self.watch, self.observations[-1]
         as_much = (2 if self.inputs.guided else 1) * len(pipe.scheduler.timesteps)
-        for score in detector.score(self.observations).tolist():
-            budget = as_much if policy.budget is None else policy.budget
+        budget = as_much if policy.budget is None else policy.budget
+
+        def ask(rows: Sequence[int]) -> Observation:
+            kind = prediction_type(pipe)
+            return probe(free, call, pipe.unet, kind, rows, probes=watch.probes, seeds=watch.seeds)
+
+        self.observations, scores = decide(detector, self.observations, ask if watch.probes else None)
+        for score, spent in zip(scores, lanes_of(self.observations), strict=True):
             self.cases.append(Case(verdict_of(score, detector.threshold), score, budget, lanes=spent))
         if not any(case.verdict == "flag" for case in self.cases):
             return tensors
@@ -112,7 +125,6 @@ class Session:
             self.walk,
             self._empty(),
             self.cases,
-            spent,
             predicted_image(self.observations),
         )
         for rescue in escalation.run():
@@ -186,13 +198,13 @@ class Session:
 
     def records(self, images: int) -> list[GuardRecord]:
         """One record an image, in the order of the batch."""
-        table = [(seen.step, name, value.tolist()) for seen in self.observations for name, value in seen.values.items()]
+        table = [(seen, {name: value.tolist() for name, value in seen.values.items()}) for seen in self.observations]
         if self.cases:
             return [self._record(row, case, table) for row, case in enumerate(self.cases)]
-        ended_early = Case("unscored", math.nan, 0, lanes=sum(seen.lanes for seen in self.observations))
-        return [self._record(row, ended_early, table) for row in range(images)]
+        spent = lanes_of(self.observations) or (0,) * images
+        return [self._record(row, Case("unscored", math.nan, 0, lanes=n), table) for row, n in enumerate(spent)]
 
-    def _record(self, row: int, case: Case, table: list[tuple[int, str, list[float]]]) -> GuardRecord:
+    def _record(self, row: int, case: Case, table: list[tuple[Observation, dict[str, list[float]]]]) -> GuardRecord:
         reason = None
         if case.verdict == "unscored":
             reason = "the UNet's output was not finite" if self.cases else "sampling ended before the deciding step"
@@ -202,7 +214,12 @@ class Session:
             score=case.score if reason is None else math.nan,
             decided_at_step=self.watch.steps[-1] if self.watch and reason is None else None,
             dimension=self.observations[0].dimension if self.observations else 0,
-            statistics=tuple(StatisticValue(s, name, *STATISTICS[name], values[row]) for s, name, values in table),
+            statistics=tuple(
+                StatisticValue(seen.step, name, *STATISTICS[name], values[row])
+                for seen, measured in table
+                for name, values in measured.items()
+                if name not in PROBED or row in seen.probed
+            ),
             attempts=tuple(case.attempts),
             extra_lanes=case.lanes,
             seed=self.inputs.seed_of(row),

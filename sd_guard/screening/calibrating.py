@@ -159,7 +159,7 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
     guard = pipe.guard
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step >= guard.steps(len(pipe.scheduler.timesteps))[0][-1]  # the host's own way to end early
+        pipe._interrupt = step >= guard.steps(len(pipe.scheduler.timesteps))[-1]  # the host's own way to end early
         return tensors
 
     pipe.enable_guard(replace(guard, policy=Policy(max_attempts=0, on_failure="keep")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sd_guard.screening.records import Row
 
@@ -63,3 +64,13 @@ def _cells(counts: Counts) -> tuple[str, ...]:
     numbers = (counts.screened, counts.flagged, counts.rescued, counts.blocked, counts.unscored)
     family = "".join(letter if letter.isprintable() else "?" for letter in counts.family)[:32]
     return (family, *(str(number) for number in numbers), f"{counts.extra_lanes:.1f}")
+
+
+def drift_warning(rows: Sequence[Row], calibration: Path) -> str | None:
+    """What there is to say of a run whose benign scores have left those of its calibration; None if they have not."""
+    from sd_guard.calibration import Calibration
+    from sd_guard.drift import check_drift
+
+    first = {row["prompt"]: row["score"] for row in reversed(rows) if row["score"] is not None}
+    drift = check_drift(Calibration.load(calibration).benign_scores, list(first.values()))
+    return drift.message if drift.drifted else None

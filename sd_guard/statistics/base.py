@@ -30,6 +30,7 @@ class StepCall:
         lanes: 2B rows, the control's first.
         latents: (B, C, H, W) the sampler's latents before the step; None where they are not at hand.
         next_latents: (B, C, H, W) after it; likewise.
+        spent: lanes an image that were evaluated for this call beyond the sampler's own.
     """
 
     step: int
@@ -41,6 +42,7 @@ class StepCall:
     lanes: Conditioning
     latents: Tensor | None = None
     next_latents: Tensor | None = None
+    spent: int = 0
 
 
 @dataclass(frozen=True, slots=True)

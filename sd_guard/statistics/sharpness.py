@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sd_guard.statistics.base import Denoiser, StepCall
 
-CONTROL_FLOOR = 0.1  # detail, in latents of unit scale, below which a control is as good as featureless
+CONTROL_FLOOR = 0.12  # detail, in latents of unit scale, below which a control is as good as featureless
 _TINY = 1e-12  # keeps the logarithm finite for a constant prediction
 
 

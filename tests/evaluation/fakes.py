@@ -14,7 +14,7 @@ class Norm:
 
     name: str = "norm"
     higher_is_memorized: bool = False
-    lanes: float = 0
+    lanes: float = 0.0
     at: tuple[float, ...] | None = None
 
     def measure(self, call, model):
@@ -42,7 +42,7 @@ class Alike:
 
     name: str = "alike"
     higher_is_memorized: bool = False
-    lanes: float = 0
+    lanes: float = 0.0
     at: tuple[float, ...] | None = (0.0,)
 
     def feature(self, call, model):

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
-from tiny import CountLanes
+from tiny import EVERYBODY, CountLanes, watching
 
 from sd_guard.evaluation.collect import MAX_SEED, SCHEMA, collect, image_seed
+from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.screening.prompts import PromptRow
 
@@ -39,10 +40,10 @@ def test_values_are_those_of_each_image_by_itself(pipe, norm, probed, alike):
         assert rows[key]["value"] == pytest.approx(value, rel=1e-4, abs=1e-4), key
         assert (rows[key]["prompt"], rows[key]["family"]) == (ROWS[key[0]].prompt, ROWS[key[0]].family)
         assert rows[key]["milliseconds"] > 0
-    assert [(each.name, each.higher_is_memorized, each.lanes) for each in found.statistics] == [
-        ("norm", False, 0),
-        ("probed", True, 2),
-        ("alike", False, 0),
+    assert [(each.name, each.higher_is_memorized) for each in found.statistics] == [
+        ("norm", False),
+        ("probed", True),
+        ("alike", False),
     ]
 
 
@@ -52,7 +53,7 @@ def test_lanes_are_those_that_the_unet_was_given(pipe, norm, probed, batch_size)
     with CountLanes(pipe.unet) as counted:
         found = collect(pipe, ROWS, [norm, probed], seeds=2, batch_size=batch_size, **SETTINGS)
     taken = Counter(found.values["statistic"].to_pylist())
-    declared = sum(each.lanes * taken[each.name] for each in found.statistics)
+    declared = sum(found.values["lanes"].to_pylist())
     assert taken == {"norm": 2 * images, "probed": 2 * images}
     assert counted.rows == 2 * images * walked + declared
 
@@ -113,3 +114,21 @@ def test_refuses_what_it_cannot_measure(pipe, norm, alike, changes, named):
         arguments["seed_statistics"] = [alike]
     with pytest.raises(ValueError, match=named):
         collect(pipe, ROWS, **arguments)
+
+
+def test_the_guard_scores_as_in_a_guarded_call_and_counts_its_lanes(pipe):
+    """Its row is the record of a guarded call of the same seeds, with the lanes that the UNet was given."""
+    guard = watching(doubt=EVERYBODY, probes=2)
+    with CountLanes(pipe.unet) as counted:
+        found = collect(pipe, ROWS, [], guard=guard, **SETTINGS).values.to_pylist()
+    decided = guard.steps(5)[-1]
+    assert [(row["statistic"], row["step"]) for row in found] == [("guard", decided)] * len(ROWS)
+    assert [row["lanes"] for row in found] == [4.0] * len(ROWS)
+    assert counted.rows == len(ROWS) * (2 * (decided + 1) + 4)
+    guarded = GuardedStableDiffusionPipeline.from_pipe(pipe)
+    guarded.enable_guard(guard)
+    guarded.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(row["seed"]) for row in found]
+    output = guarded([row.prompt for row in ROWS], generator=generators, num_inference_steps=5, guidance_scale=4.0)
+    for row, record in zip(found, output.records, strict=True):
+        assert row["value"] == pytest.approx(record.score, rel=1e-4, abs=1e-5)

@@ -42,6 +42,7 @@ def settings(tmp_path):
         prompts=write(tmp_path / "prompts.jsonl"),
         out=tmp_path / "out",
         model=ModelSettings(model=str(checkpoint_path()), steps=5),
+        statistics=("norm", "probed", "alike"),
         seeds=2,
         observe_at=(0.0, 0.4),
         batch_size=4,
@@ -114,7 +115,7 @@ def test_an_error_is_one_line_and_a_run_without_measurements_leaves_the_folder_f
 
     monkeypatch.setattr(sd_guard.statistics, "STATISTICS", {"norm": Failing})
     with pytest.raises(ValueError, match=r"measuring ended \(RuntimeError: out of memory\); nothing was measured"):
-        evaluate(settings, lambda _: pipe)
+        evaluate(replace(settings, statistics=("norm",)), lambda _: pipe)
     assert list(settings.out.iterdir()) == []
 
 
@@ -139,7 +140,7 @@ def test_labels_that_are_missing_or_one_sided_are_refused(settings, tmp_path, ro
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (dict(statistics=("norm", "nrom")), "'nrom' is no statistic; there are norm, probed, alike"),
+        (dict(statistics=("norm", "nrom")), "'nrom' is no statistic; there are guard, norm, probed, alike"),
         (dict(statistics=()), "needs names"),
         (dict(statistics=("norm", "norm")), "each once"),
         (dict(statistics=("alike",), seeds=1), "alike compares the seeds"),
@@ -152,9 +153,13 @@ def test_statistics_that_cannot_be_measured_are_refused(settings, changes, named
 
 
 def test_one_seed_leaves_out_what_compares_seeds_and_names_choose(settings):
-    assert [s.name for s in plan_evaluation(replace(settings, seeds=1)).statistics] == ["norm", "probed"]
-    assert plan_evaluation(replace(settings, seeds=1)).seed_statistics == ()
+    alone = plan_evaluation(replace(settings, statistics=None, seeds=1))
+    assert alone.with_guard
+    assert [s.name for s in alone.statistics] == ["norm", "probed"]
+    assert alone.seed_statistics == ()
+    settings = replace(settings, out=settings.out.with_name("other"))
     chosen = plan_evaluation(replace(settings, statistics=("alike", "probed")))
+    assert not chosen.with_guard
     assert [s.name for s in (*chosen.statistics, *chosen.seed_statistics)] == ["probed", "alike"]
 
 

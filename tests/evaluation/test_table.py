@@ -27,7 +27,8 @@ def made_up(families=FAMILIES, seeds=SEEDS):
     }
     if seeds > 1:
         scores["pair", 0] = rng.normal(size=(len(families), 1)) + memorized[:, None]
-    described = (Described("up", True, 2), Described("down", False, 0), Described("pair", True, 0.5))
+    described = (Described("up", True), Described("down", False), Described("pair", True))
+    lanes = {"up": 2.0, "down": 0.0, "pair": 0.5}
     rows = []
     for (name, step), values in scores.items():
         sign = -1 if name == "down" else 1
@@ -35,7 +36,7 @@ def made_up(families=FAMILIES, seeds=SEEDS):
             for j, value in enumerate(prompt):
                 seed = None if name == "pair" else index + j * 1_000_000
                 text = " ".join(WORDS[[index, (7 * index + 3) % 125, (31 * index + 11) % 125]])
-                rows.append((index, text, families[index], seed, name, step, sign * value, 2.0 + step))
+                rows.append((index, text, families[index], seed, name, step, sign * value, lanes[name], 2.0 + step))
     rng.shuffle(rows)
     table = pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
     return Measurements(values=table, statistics=described[: 3 if seeds > 1 else 2], seeds=seeds), scores

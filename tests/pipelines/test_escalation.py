@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from tiny import CountLanes, Forget, Identity, seeded, watching
+from tiny import EVERYBODY, NOBODY, CountLanes, Forget, Identity, seeded, watching
 
 from sd_guard.mitigation import Change, EmbeddingNoise, Subject, WordAblation
-from sd_guard.observation import predicted_image
-from sd_guard.pipelines.session import Session
-from sd_guard.policy import Attempt
 
 STEPS = 6
 PROMPTS = ["a dog on the moon", "x", "blue"]
@@ -32,18 +28,23 @@ def call(pipe: Any, **arguments: Any) -> Any:
     return pipe(**arguments, num_inference_steps=STEPS, output_type="latent")
 
 
+@pytest.mark.parametrize("doubt", [NOBODY, EVERYBODY])
 @pytest.mark.parametrize("call_name", CALLS)
-@pytest.mark.parametrize("budget", [0, 3, 12, 13, 21, 40, None])
-def test_the_bill(guarded: Any, call_name: str, budget: int | None) -> None:
-    """UNet rows in all = those of plain sampling + every record's extra lanes; attempts stop at the budget."""
-    pipe = guarded(watching(-math.inf, SEARCH), budget=budget)
+@pytest.mark.parametrize("budget", [0, 3, 8, 10, 12, 13, 14, 21, 40, None])
+def test_the_bill(guarded: Any, call_name: str, budget: int | None, doubt: tuple[float, float]) -> None:
+    """UNet rows in all = those of plain sampling + every record's extra lanes; attempts and probes stop at the budget.
+
+    Detection is paid whatever the budget is.
+    """
+    pipe = guarded(watching(-math.inf, SEARCH, doubt=doubt), budget=budget)
     with CountLanes(pipe.unet) as count:
         output = call(pipe, **CALLS[call_name])
     lanes = 1 if call_name == "unguided" else 2
     assert count.rows == lanes * STEPS * len(PROMPTS) + sum(record.extra_lanes for record in output.records)
-    detection = 2 if call_name == "guided" else 4
+    controls = 0 if call_name == "guided" else 2
+    detection = controls + (0 if doubt is NOBODY else 2)
     allowed = lanes * STEPS if budget is None else budget
-    attempt = 4 * lanes + detection
+    attempt = 4 * lanes + controls
     for record in output.records:
         assert record.extra_lanes <= max(allowed, detection)
         assert record.extra_lanes >= detection + attempt * len(record.attempts)
@@ -51,10 +52,11 @@ def test_the_bill(guarded: Any, call_name: str, budget: int | None) -> None:
         assert record.outcome == "blocked"
 
 
-def test_no_budget(guarded: Any) -> None:
-    output = call(guarded(watching(-math.inf, SEARCH), budget=0))
+@pytest.mark.parametrize(("doubt", "lanes"), [(NOBODY, 0), (EVERYBODY, 2)])
+def test_no_budget(guarded: Any, doubt: tuple[float, float], lanes: int) -> None:
+    output = call(guarded(watching(-math.inf, SEARCH, doubt=doubt), budget=0))
     assert [(r.verdict, r.outcome, r.attempts, r.extra_lanes) for r in output.records] == [
-        ("flag", "blocked", (), 2)
+        ("flag", "blocked", (), lanes)
     ] * 3
 
 
@@ -74,10 +76,12 @@ class Endless:
             yield Change("endless", 0.0, subject.prompt_embeds)
 
 
-def test_an_endless_mitigation_ends(guarded: Any) -> None:
-    guard = watching(-math.inf, (Endless(),)).with_policy(max_attempts=1000, budget=50)
+@pytest.mark.parametrize(("doubt", "attempts", "lanes"), [(NOBODY, 50 // 8, 48), (EVERYBODY, 5, 2 + 4 * 10 + 8)])
+def test_an_endless_mitigation_ends(guarded: Any, doubt: tuple[float, float], attempts: int, lanes: int) -> None:
+    """Eight lanes an attempt, and two more for its probe: all of the 50 that can be spent, and none beyond."""
+    guard = watching(-math.inf, (Endless(),), doubt=doubt).with_policy(max_attempts=1000, budget=50)
     output = call(guarded(guard))
-    assert [len(record.attempts) for record in output.records] == [(50 - 2) // 10] * 3
+    assert [(len(record.attempts), record.extra_lanes) for record in output.records] == [(attempts, lanes)] * 3
 
 
 def test_escalates_until_it_passes(guarded: Any) -> None:
@@ -157,58 +161,3 @@ def test_embeddings_have_no_text_to_rewrite(guarded: Any) -> None:
     embeds = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
     output = call(pipe, prompt=None, prompt_embeds=embeds)
     assert [[a.mitigation for a in record.attempts] for record in output.records] == [["forget"]] * 3
-
-
-def test_a_picture_that_is_still_there_is_not_a_pass(guarded: Any) -> None:
-    """A score that passes is not enough: an unchanged trajectory resembles itself fully."""
-    score = call(guarded(watching())).records[0].score
-    guard = watching(score - 1e-3, (Identity(),))
-    generous = call(guarded(replace(guard, detector=Fixed(score - 1e-3, after=-9.0)))).records[0]
-    assert (generous.outcome, generous.attempts[0].passed) == ("rescued", True)
-    assert generous.attempts[0].resemblance == pytest.approx(1.0, abs=1e-4)
-    strict = replace(guard, detector=Fixed(score - 1e-3, after=-9.0)).with_policy(max_resemblance=0.9)
-    record = call(guarded(strict)).records[0]
-    assert (record.outcome, record.attempts[0].passed) == ("blocked", False)
-
-
-def test_a_relapse_at_the_end_is_blocked(guarded: Any) -> None:
-    """Whatever the deciding step said, an image that ends in the flagged picture is not handed out."""
-    pipe = guarded(watching(-math.inf))
-    session_of: list[Any] = []
-    begin = Session.begin
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "begin", lambda self, *a: (session_of.append(self), begin(self, *a))[1])
-        call(pipe)
-    (session,) = session_of
-    memory = predicted_image(session.observations)
-    session.guard = session.guard.with_policy(max_resemblance=0.5)
-    attempt = Attempt("forget", 1.0, 0, -9.0, 0.0, True, "")
-    session.cases[1].attempts[:] = [attempt]
-    session.rescued[:] = [SimpleNamespace(row=1)]
-    session._verify(torch.randn_like(memory))
-    assert [record.outcome for record in session.records(3)][1] == "rescued"
-    session._verify(0.3 * memory + 5.0)  # a faint copy on another ground
-    assert [record.outcome for record in session.records(3)][1] == "blocked"
-
-
-@pytest.mark.parametrize("margin", [0.0, 0.5])
-def test_a_margin_asks_more_of_a_mitigated_image(guarded: Any, margin: float) -> None:
-    guard = replace(watching(0.0, (Identity(),)), detector=Fixed(0.0, before=1.0, after=-0.25)).with_policy(
-        margin=margin
-    )
-    assert call(guarded(guard)).records[0].outcome == ("rescued" if margin == 0.0 else "blocked")
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """One score for the host's trajectory of three images, another for resumed ones."""
-
-    threshold: float
-    before: float = 9.0
-    after: float = 0.0
-
-    def score(self, observations: Any) -> torch.Tensor:
-        count = len(observations[0].values["log_detail_ratio"])
-        if count == len(PROMPTS):
-            return torch.tensor([self.before, -99.0, -99.0])
-        return torch.full((count,), self.after)

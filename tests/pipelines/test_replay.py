@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from tiny import SCHEDULERS, Forget, Identity, seeded, watching
+from tiny import EVERYBODY, SCHEDULERS, Forget, Identity, seeded, watching
 
+from sd_guard.detection import PrematureDetail
 from sd_guard.lanes import Conditioning
 from sd_guard.mitigation import Change
 from sd_guard.pipelines import escalation
@@ -83,12 +85,12 @@ def assert_arrived(spy: Spy, output: Any, rows: list[int], *, exactly: bool) -> 
 def test_unchanged_trajectories(guarded: Any, scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows: the same bits, since the batch has the same shape. Some rows: the same up to rounding."""
     spy = Spy(monkeypatch)
-    output = run(guarded(watching(-math.inf, (Identity(),)), scheduler), spy)
+    output = run(guarded(watching(-math.inf, (Identity(),), doubt=EVERYBODY), scheduler), spy)
     assert_arrived(spy, output, [0, 1, 2], exactly=True)
     # Below the two highest scores, so that those two are resumed.
     threshold = sorted(record.score for record in output.records)[0]
     spy.resumed, spy.latents = [], []
-    output = run(guarded(watching(threshold, (Identity(),)), scheduler), spy)
+    output = run(guarded(watching(threshold, (Identity(),), doubt=EVERYBODY), scheduler), spy)
     assert_arrived(spy, output, [r for r in range(3) if output.records[r].score > threshold], exactly=False)
     assert len(spy.resumed[0][0]) == 2
 
@@ -96,15 +98,29 @@ def test_unchanged_trajectories(guarded: Any, scheduler: str, monkeypatch: pytes
 @pytest.mark.parametrize("call", [call for call in CALLS if call != "plain"])
 def test_unchanged_trajectories_of_other_calls(guarded: Any, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
-    output = run(guarded(watching(-math.inf, (Identity(),)), budget=50), spy, **CALLS[call])
+    output = run(guarded(watching(-math.inf, (Identity(),), doubt=EVERYBODY), budget=50), spy, **CALLS[call])
     assert_arrived(spy, output, [0, 1, 2], exactly=True)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_probes_of_an_unchanged_trajectory(guarded: Any, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same probe vectors at the same latent: where the LID has a part in it, the score is the same to the bit."""
+    detector = PrematureDetail(threshold=-math.inf, doubt=EVERYBODY)
+    spy, guard = Spy(monkeypatch), watching(plan=(Identity(),), detector=detector)
+    output = run(guarded(guard, budget=50), spy, **CALLS[call])
+    assert_arrived(spy, output, [0, 1, 2], exactly=True)
+    free = run(guarded(replace(guard, probes=0), budget=50), spy, **CALLS[call])
+    for record, without in zip(output.records, free.records, strict=True):
+        assert abs(record.score - without.score) > 1e-3
+        assert without.attempts[0].score == without.score
+        assert record.extra_lanes == without.extra_lanes + 2 * 2
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "heun", "euler_ancestral"])
 def test_one_generator_for_the_batch(guarded: Any, scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed as a whole, the batch draws the noise that it drew before."""
     spy = Spy(monkeypatch)
-    pipe = guarded(watching(-math.inf, (Identity(),)), scheduler)
+    pipe = guarded(watching(-math.inf, (Identity(),), doubt=EVERYBODY), scheduler)
     output = run(pipe, spy, generator=torch.Generator().manual_seed(4))
     assert_arrived(spy, output, [0, 1, 2], exactly=True)
 
@@ -114,7 +130,7 @@ def test_guidance_cut_off(guarded: Any, cutoff: int, monkeypatch: pytest.MonkeyP
     """The trajectory is resumed without guidance from where the host went on without it."""
     spy = Spy(monkeypatch)
     callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=cutoff)
-    pipe = guarded(watching(-math.inf, (Identity(),)), budget=50)
+    pipe = guarded(watching(-math.inf, (Identity(),), doubt=EVERYBODY), budget=50)
     output = pipe(
         "a dog", generator=seeded(1), num_inference_steps=STEPS, output_type="latent", callback_on_step_end=callback
     )

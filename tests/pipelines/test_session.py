@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import CountLanes, build, seeded, watching
+from tiny import EVERYBODY, NOBODY, CountLanes, build, seeded, watching
 
+from sd_guard.detection import PrematureDetail
 from sd_guard.mitigation import DelayedGuidance
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 
@@ -27,8 +29,12 @@ def values(record: Any) -> dict[tuple[int, str], float]:
     return {(value.step, value.name): value.value for value in record.statistics}
 
 
+def lids(record: Any) -> set[tuple[int, str]]:
+    return {key for key in values(record) if "lid" in key[1]}
+
+
 def test_record(guarded: Any) -> None:
-    pipe = guarded(watching())
+    pipe = guarded(watching(doubt=EVERYBODY))
     output = call(pipe)
     for row, record in enumerate(output.records):
         assert (record.verdict, record.outcome, record.reason) == ("pass", "passed", None)
@@ -37,31 +43,78 @@ def test_record(guarded: Any) -> None:
         assert record.attempts == ()
         assert {(v.step, v.name, v.point, v.lane) for v in record.statistics} >= {
             (1, "log_detail_ratio", "noisy", "conditional/control"),
+            (3, "log_detail_ratio", "noisy", "conditional/control"),
             (3, "trajectory_lid", "noisy", "conditional"),
             (3, "trajectory_lid_control", "noisy", "control"),
         }
-        assert not any(value.step == 1 and "lid" in value.name for value in record.statistics)
+        assert {step for step, _ in lids(record)} == {3}
         assert all(math.isfinite(value.value) for value in record.statistics)
     assert call(pipe, generator=None).records[0].seed is None
     assert [r.seed for r in call(pipe, generator=torch.Generator().manual_seed(8)).records] == [8, 8]
 
 
+def test_without_doubt_a_call_costs_nothing(guarded: Any) -> None:
+    """Not a UNet call more than plain sampling makes; an image that was not probed has no LID in its record."""
+    pipe = guarded(watching(probes=5))
+    with CountLanes(pipe.unet) as count:
+        output = call(pipe)
+    assert count.shapes == [(4, 4, 8, 8)] * STEPS
+    for record in output.records:
+        assert record.extra_lanes == 0
+        assert {step for step, _ in values(record)} == {1, 3}
+        assert lids(record) == set()
+
+
+@pytest.mark.parametrize("probes", [0, 1, 3])
+def test_only_images_in_doubt_are_probed_and_billed(guarded: Any, probes: int) -> None:
+    """And with no probes allowed, none is."""
+    pipe = guarded(watching(doubt=EVERYBODY, probes=probes))
+    scores = [record.score for record in call(pipe).records]
+    doubtful = int(scores[1] > scores[0])
+    pipe.enable_guard(watching(doubt=(min(scores), math.inf), probes=probes))
+    with CountLanes(pipe.unet) as count:
+        output = call(pipe)
+    assert count.rows == 2 * 2 * STEPS + 2 * probes
+    assert len(count.shapes) == STEPS + bool(probes)
+    for row, record in enumerate(output.records):
+        own = row == doubtful and probes > 0
+        assert record.extra_lanes == 2 * probes * own
+        assert bool(lids(record)) == own
+        assert record.score == scores[row]
+
+
 def test_probes_do_not_depend_on_batchmates(guarded: Any) -> None:
     """An image with its own generator is scored alike alone, in company, and at another place of the batch."""
-    pipe = guarded(watching())
+    pipe = guarded(watching(doubt=EVERYBODY))
     together = call(pipe)
+    assert [len(lids(record)) for record in together.records] == [2, 2]
     for row in range(2):
         alone = call(pipe, PROMPTS[row], generator=seeded(row + 1))
+        assert values(alone.records[0]).keys() == values(together.records[row]).keys()
         for key, value in values(alone.records[0]).items():
             assert value == pytest.approx(values(together.records[row])[key], rel=2e-3, abs=2e-3), key
     swapped = call(pipe, PROMPTS[::-1], generator=seeded(2, 1))
     assert swapped.records[0].score == pytest.approx(together.records[1].score, abs=1e-4)
+    for key in lids(together.records[1]):
+        assert values(swapped.records[0])[key] == pytest.approx(values(together.records[1])[key], rel=2e-3, abs=2e-3)
+
+
+def test_an_image_is_probed_alike_whoever_else_is_in_doubt(guarded: Any) -> None:
+    pipe = guarded(watching(doubt=EVERYBODY))
+    together = call(pipe).records
+    low, high = sorted(range(2), key=lambda row: together[row].score)
+    for doubt, row in (((together[low].score, math.inf), high), ((-math.inf, together[high].score), low)):
+        pipe.enable_guard(watching(doubt=doubt))
+        records = call(pipe).records
+        assert [bool(lids(record)) for record in records] == [index == row for index in range(2)]
+        for key in lids(together[row]):
+            assert values(records[row])[key] == pytest.approx(values(together[row])[key], rel=2e-3, abs=2e-3)
 
 
 @pytest.mark.parametrize("given", ["text", "embeddings"])
 def test_a_negative_prompt_buys_no_pass(guarded: Any, given: str) -> None:
     """The prompt as its own negative prompt: guidance has no effect, and the score stays that of the empty control."""
-    pipe = guarded(watching(observe_at=(0.0,), probe_at=(0.0,)))
+    pipe = guarded(watching(observe_at=(0.0,), doubt=EVERYBODY))
     expected = call(pipe)
     if given == "text":
         output = call(pipe, negative_prompt=PROMPTS)
@@ -70,6 +123,7 @@ def test_a_negative_prompt_buys_no_pass(guarded: Any, given: str) -> None:
         output = call(pipe, negative_prompt_embeds=embeds)
     for with_negative, without in zip(output.records, expected.records, strict=True):
         assert abs(without.score) > 1e-3
+        assert len(lids(with_negative)) == len(lids(without)) == 2
         assert with_negative.score == pytest.approx(without.score, abs=1e-5)
         for key, value in values(without).items():  # whatever a detector makes of them
             assert values(with_negative)[key] == pytest.approx(value, rel=1e-3, abs=0.02), key
@@ -78,20 +132,20 @@ def test_a_negative_prompt_buys_no_pass(guarded: Any, given: str) -> None:
 
 @pytest.mark.parametrize("call_arguments", [{}, {"guidance_scale": 1.0}, {"negative_prompt": ["a cat", ""]}])
 def test_control_lane_is_evaluated_and_counted(guarded: Any, call_arguments: dict[str, Any]) -> None:
-    pipe = guarded(watching(observe_at=(0.0, 0.2, 0.5), probe_at=(0.2, 0.5), probes=2))
+    pipe = guarded(watching(observe_at=(0.0, 0.2, 0.5), doubt=EVERYBODY, probes=2))
     with CountLanes(pipe.unet) as count:
         output = call(pipe, **call_arguments)
     own = STEPS * (1 if call_arguments.get("guidance_scale") else 2)
     assert count.rows == 2 * own + sum(record.extra_lanes for record in output.records)
-    assert [record.extra_lanes for record in output.records] == [8 + (3 if call_arguments else 0)] * 2
-    first = call(guarded(watching(observe_at=(0.0,), probe_at=(0.0,))))
+    assert [record.extra_lanes for record in output.records] == [4 + (3 if call_arguments else 0)] * 2
+    first = call(guarded(watching(observe_at=(0.0,))))
     for record, expected in zip(output.records, first.records, strict=True):
         for name in ("detail", "log_detail_ratio", "cfg_norm"):  # before the first step all calls are at one latent
             assert values(record)[0, name] == pytest.approx(values(expected)[0, name], rel=1e-4, abs=1e-5)
 
 
-def test_a_probe_has_the_shape_of_the_guided_call(guarded: Any) -> None:
-    pipe = guarded(watching())
+def test_a_probe_of_all_images_has_the_shape_of_the_guided_call(guarded: Any) -> None:
+    pipe = guarded(watching(doubt=EVERYBODY))
     with CountLanes(pipe.unet) as count:
         call(pipe)
     assert set(count.shapes) == {(4, 4, 8, 8)}
@@ -99,12 +153,12 @@ def test_a_probe_has_the_shape_of_the_guided_call(guarded: Any) -> None:
 
 
 @contextmanager
-def broken(unet: torch.nn.Module, images: int, row: int, value: float) -> Iterator[None]:
-    """Makes the UNet return `value` for one image, in every call of the whole batch."""
+def broken(unet: torch.nn.Module, images: int, row: int, value: float, *, rows: int) -> Iterator[None]:
+    """Makes the UNet return `value` for one image of `images`, in every call of so many rows."""
 
     def spoil(_module: Any, _inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         sample = output[0].clone()
-        if sample.shape[0] % images == 0:
+        if sample.shape[0] == rows:
             sample[row::images] = value
         return (sample,)
 
@@ -115,12 +169,16 @@ def broken(unet: torch.nn.Module, images: int, row: int, value: float) -> Iterat
         hook.remove()
 
 
+@pytest.mark.parametrize("doubt", [NOBODY, EVERYBODY])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("row", [0, 1])
-def test_what_is_not_finite_is_unscored(guarded: Any, row: int, value: float, caplog: pytest.LogCaptureFixture) -> None:
-    pipe = guarded(watching())
+def test_what_is_not_finite_is_unscored(
+    guarded: Any, row: int, value: float, doubt: tuple[float, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not worth a probe either; its neighbour is scored, and probed, as without it."""
+    pipe = guarded(watching(doubt=doubt))
     expected = call(pipe)
-    with broken(pipe.unet, 2, row, value), caplog.at_level("WARNING"):
+    with broken(pipe.unet, 2, row, value, rows=4), caplog.at_level("WARNING"):
         from diffusers.utils import logging
 
         logging.enable_propagation()
@@ -128,22 +186,44 @@ def test_what_is_not_finite_is_unscored(guarded: Any, row: int, value: float, ca
             output = call(pipe)
         finally:
             logging.disable_propagation()
-    bad, good = output.records[row], output.records[1 - row]
-    assert (bad.verdict, bad.outcome) == ("unscored", "unscored")
+    bad, good, as_before = output.records[row], output.records[1 - row], expected.records[1 - row]
+    assert (bad.verdict, bad.outcome, bad.extra_lanes) == ("unscored", "unscored", 0)
     assert bad.reason == "the UNet's output was not finite"
     assert bad.decided_at_step is None
     assert math.isnan(bad.score)
-    assert good == expected.records[1 - row]
+    assert lids(bad) == set()
+    if doubt is NOBODY:
+        assert good == as_before
+    assert replace(good, statistics=()) == replace(as_before, statistics=())
+    assert values(good) == pytest.approx(values(as_before), rel=2e-3, abs=2e-3)
     assert torch.equal(output.images[1 - row], expected.images[1 - row])
     logged = caplog.text + str(bad.reason)
     assert "None" not in logged
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_probe_that_is_not_finite_is_unscored(guarded: Any, row: int, value: float) -> None:
+    """Though the free statistics would have passed the image; it costs all the same, and its neighbour is scored."""
+    guard = watching(detector=PrematureDetail(threshold=math.inf, doubt=EVERYBODY), probes=2)
+    pipe = guarded(guard)
+    expected = call(pipe)
+    with broken(pipe.unet, 2, row, value, rows=8):
+        output = call(pipe)
+    bad, good = output.records[row], output.records[1 - row]
+    assert expected.records[row].verdict == "pass"
+    assert (bad.verdict, bad.outcome, bad.extra_lanes) == ("unscored", "unscored", 4)
+    assert (bad.reason, bad.decided_at_step) == ("the UNet's output was not finite", None)
+    assert math.isnan(bad.score)
+    assert good == expected.records[1 - row]
+    assert torch.equal(output.images, expected.images)
 
 
 def test_an_unscored_neighbour_of_a_flagged_image(guarded: Any) -> None:
     pipe = guarded(watching())
     threshold = call(pipe).records[0].score / 2
     pipe.enable_guard(watching(threshold))
-    with broken(pipe.unet, 2, 1, math.nan):
+    with broken(pipe.unet, 2, 1, math.nan, rows=4):
         output = call(pipe)
     assert [record.outcome for record in output.records][1] == "unscored"
     assert output.records[0].verdict == "flag"
@@ -164,8 +244,13 @@ def test_interrupted(guarded: Any, plain: Any) -> None:
     assert [record.outcome for record in early.records] == ["unscored"] * 2
     assert {record.reason for record in early.records} == {"sampling ended before the deciding step"}
     assert torch.equal(early.images, call(plain(), callback_on_step_end=stop_at(0)).images)
-    late = call(guarded(watching()), callback_on_step_end=stop_at(3))
-    assert [record.outcome for record in late.records] == ["passed"] * 2
+    pipe = guarded(watching())
+    with CountLanes(pipe.unet) as count:
+        between = call(pipe, callback_on_step_end=stop_at(2), negative_prompt=["a cat"] * 2)
+    assert [(record.outcome, record.extra_lanes) for record in between.records] == [("unscored", 1)] * 2
+    assert count.rows == 3 * 4 + 2  # the control of step 1 was paid
+    late = call(guarded(watching(doubt=EVERYBODY)), callback_on_step_end=stop_at(3))
+    assert [(record.outcome, record.extra_lanes) for record in late.records] == [("passed", 2)] * 2
 
 
 @pytest.mark.parametrize("until", [0.25, 0.75])

@@ -22,7 +22,9 @@ from sd_guard.screening.calibrating import CalibrationSettings, calibrate, plan_
 from sd_guard.screening.settings import ModelSettings
 
 STEPS = 8
-GUARD = Guard(observe_at=(0.13, 0.25), probe_at=(0.25,), detector=PrematureDetail(threshold=-math.inf))
+GUARD = Guard(
+    observe_at=(0.13, 0.25), probes=1, detector=PrematureDetail(threshold=-math.inf, doubt=(-math.inf, math.inf))
+)
 BENIGN = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat", "ring")]
 
 
@@ -96,6 +98,33 @@ def test_scores_are_those_of_whole_calls_at_a_fraction_of_them(make: Any, monkey
         assert math.isfinite(record.score)
         assert (record.outcome, record.attempts, record.seed) == ("kept", (), expected.seed)
     assert pipe.guard == GUARD
+
+
+def test_who_is_probed_does_not_depend_on_the_threshold(make: Any) -> None:
+    """Nor does a score: what a calibration is made from is what the calibrated guard will see."""
+    pipe, prompts, seeds = make(), BENIGN[:4], range(4)
+
+    def scored(threshold: float, doubt: tuple[float, float]) -> Any:
+        detector = PrematureDetail(threshold=threshold, doubt=doubt)
+        pipe.enable_guard(replace(GUARD, detector=detector))
+        with CountLanes(pipe.unet) as counted:
+            return score_prompts(pipe, prompts, seeds, num_inference_steps=STEPS), counted.rows
+
+    free, plain = scored(math.inf, (math.inf, -math.inf))
+    ordered = sorted(record.score for record in free)
+    doubt = (ordered[0], ordered[3])  # the two in between
+    inside = [ordered[0] < record.score < ordered[3] for record in free]
+    assert sum(inside) == 2
+    first, rows = scored(-math.inf, doubt)
+    assert rows == plain + 2 * 2
+    for threshold in (ordered[1], math.inf):
+        records, _ = scored(threshold, doubt)
+        assert [r.score for r in records] == [r.score for r in first]
+        assert [r.statistics for r in records] == [r.statistics for r in first]
+    for record, before, doubtful in zip(first, free, inside, strict=True):
+        assert any("lid" in value.name for value in record.statistics) == doubtful
+        assert (record.score != before.score) == doubtful
+        assert record.extra_lanes == 2 * doubtful
 
 
 def test_a_call_after_an_early_end_is_whole_again(make: Any) -> None:

@@ -1,0 +1,44 @@
+"""The guard itself as a row of the table: the score that it would decide by, with the lanes that it spends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sd_guard.detection import decide
+from sd_guard.guard import Guard
+from sd_guard.observation import Observation, lanes_of, observe, probe
+from sd_guard.statistics.base import Denoiser, StepCall
+
+
+@dataclass(slots=True)
+class Watching:
+    """One batch's trajectory, as the guard sees it.
+
+    Attributes:
+        guard: whose steps, probes and detector are used.
+        model: behind the trajectory.
+        steps: to observe, of the sampler's; the last decides.
+        seen: so far.
+    """
+
+    guard: Guard
+    model: Denoiser
+    steps: list[int]
+    seen: list[Observation] = field(default_factory=list)
+
+    def watch(self, call: StepCall) -> tuple[list[float], tuple[int, ...]] | None:
+        """Observes a step; at the deciding one, (B,) scores and the lanes spent on each image."""
+        if call.step not in self.steps:
+            return None
+        model, guard = self.model, self.guard
+        self.seen.append(observe(call, model.prediction_type))
+        if call.step < self.steps[-1]:
+            return None
+
+        def ask(rows: Sequence[int]) -> Observation:
+            last, probes = self.seen[-1], guard.probes
+            return probe(last, call, model.unet, model.prediction_type, rows, probes=probes, seeds=model.seeds)
+
+        seen, scores = decide(guard.detector, self.seen, ask if guard.probes else None)
+        return scores, lanes_of(seen)

@@ -1,0 +1,155 @@
+"""From free statistics to a score: who is probed, by whom that may be decided, and what a probe can change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sd_guard.detection import PrematureDetail, decide, verdict_of
+from sd_guard.observation import PROBED, Observation
+
+D = 256
+finite = st.floats(-3.0, 3.0, width=32)
+ratios_of_images = st.lists(finite | st.sampled_from([math.nan, math.inf, -math.inf]), min_size=1, max_size=8)
+
+
+def free(*ratios: Sequence[float]) -> list[Observation]:
+    """One observation a step, of the log detail ratios of its images."""
+    return [
+        Observation(step, D, {"log_detail_ratio": torch.tensor(ratio)}, (0,) * len(ratio))
+        for step, ratio in enumerate(ratios)
+    ]
+
+
+def with_lids(seen: Observation, rows: Sequence[int], deficit: Tensor) -> Observation:
+    """As if `rows` had been probed: the prompt leaves `deficit` (B,) less of D than the control does."""
+    lid = torch.zeros(len(deficit)).index_copy(0, torch.tensor(rows), torch.tensor([100.0] * len(rows)))
+    known = (lid > 0) * D * deficit
+    values = {**seen.values, "trajectory_lid_control": lid, "trajectory_lid": lid - known}
+    return replace(seen, values=values, probed=tuple(rows))
+
+
+@dataclass
+class Prober:
+    """Answers with these deficits, and remembers who was asked for."""
+
+    seen: Observation
+    deficit: Tensor
+    asked: list[list[int]] = field(default_factory=list)
+
+    def __call__(self, rows: Sequence[int]) -> Observation:
+        self.asked.append(list(rows))
+        return with_lids(self.seen, rows, self.deficit)
+
+
+@pytest.mark.parametrize(
+    ("score", "verdict"),
+    [(0.5, "pass"), (0.51, "flag"), (-9.0, "pass"), (math.nan, "unscored"), (math.inf, "unscored")],
+)
+def test_verdicts(score: float, verdict: str) -> None:
+    assert verdict_of(score, 0.5) == verdict
+    assert verdict_of(-math.inf, 0.5) == "unscored"
+
+
+def test_the_score_is_the_mean_ratio_and_the_weighted_deficit_of_those_probed() -> None:
+    detector = PrematureDetail(lid_weight=10.0, ordinary_deficit=0.01)
+    observations = free([0.2, 0.4, 0.6], [0.4, 0.4, 0.2])
+    torch.testing.assert_close(detector.score(observations), torch.tensor([0.3, 0.4, 0.4]))
+    observations[-1] = with_lids(observations[-1], [2, 0], torch.tensor([0.03, 9.9, -0.02]))
+    expected = torch.tensor([0.3 + 10 * 0.02, 0.4, 0.4 - 10 * 0.03])
+    torch.testing.assert_close(detector.score(observations), expected, rtol=0, atol=1e-5)
+
+
+@given(ratios_of_images, st.tuples(finite, finite))
+def test_only_rows_in_doubt_are_probed(ratios: list[float], doubt: tuple[float, float]) -> None:
+    """One call for all of them, or none; the others keep the score of the free statistics, to the bit."""
+    detector = PrematureDetail(doubt=doubt, lid_weight=2.0, ordinary_deficit=0.0)
+    observations, deficit = free(ratios), torch.linspace(0.1, 0.2, len(ratios))
+    prober = Prober(observations[-1], deficit)
+    seen, made = decide(detector, observations, prober)
+    rows = [row for row, ratio in enumerate(ratios) if doubt[0] < ratio < doubt[1]]
+    assert prober.asked == ([rows] if rows else [])
+    assert seen[-1].probed == tuple(rows)
+    for row, ratio in enumerate(ratios):
+        if row in rows:
+            assert made[row] == pytest.approx(ratio + 2.0 * deficit[row].item(), abs=1e-5)
+        else:
+            assert made[row] == pytest.approx(ratio, abs=0, nan_ok=True)
+
+
+def test_without_doubt_nothing_is_asked_and_nothing_changes() -> None:
+    observations = free([0.0, 0.9], [0.1, 0.9])
+    prober = Prober(observations[-1], torch.ones(2))
+    seen, made = decide(PrematureDetail(), observations, prober)
+    assert prober.asked == []
+    assert all(one is other for one, other in zip(seen, observations, strict=True))
+    assert made == PrematureDetail().score(observations).tolist()
+
+
+def test_without_a_probe_the_free_statistics_decide() -> None:
+    observations = free([0.3, 0.5])
+    seen, made = decide(PrematureDetail(), observations, None)
+    assert seen == observations
+    assert made == PrematureDetail().score(observations).tolist()
+
+
+def test_only_the_last_observation_is_replaced() -> None:
+    observations = free([0.4, 0.9], [0.4, 0.9], [0.4, 0.9])
+    seen, _ = decide(PrematureDetail(), observations, Prober(observations[-1], torch.zeros(2)))
+    assert all(one is other for one, other in zip(seen[:-1], observations[:-1], strict=True))
+    assert [each.probed for each in seen] == [(), (), (0,)]
+    assert [each.probed for each in observations] == [(), (), ()]
+
+
+@given(st.lists(ratios_of_images.map(lambda row: row[:1]), min_size=1, max_size=4), finite, finite, st.floats(0, 90))
+def test_who_is_in_doubt_depends_on_neither_threshold_nor_probes(
+    ratios: list[list[float]], threshold: float, deficit: float, weight: float
+) -> None:
+    """Else a threshold that a calibration moves would change the scores that it was made from."""
+    observations, prober = free(*ratios), Prober(free(*ratios)[-1], torch.tensor([deficit]))
+    detector = PrematureDetail(lid_weight=weight)
+    doubt = detector.in_doubt(observations)
+    assert (doubt.dtype, doubt.shape) == (torch.bool, (1,))
+    for changes in ({"threshold": threshold}, {"lid_weight": threshold}, {"ordinary_deficit": threshold}):
+        assert torch.equal(replace(detector, **changes).in_doubt(observations), doubt)
+    assert torch.equal(detector.in_doubt([*observations[:-1], prober([0])]), doubt)
+    (seen, made), (_, again) = (
+        decide(replace(detector, threshold=line), observations, prober) for line in (detector.threshold, threshold)
+    )
+    assert again == pytest.approx(made, abs=0, nan_ok=True)
+    assert prober.asked == [[0]] * (1 + 2 * bool(doubt))
+    assert bool(seen[-1].probed) == bool(doubt)
+
+
+@given(st.permutations(range(4)), st.integers(1, 4))
+def test_no_image_sees_its_batchmates(order: list[int], count: int) -> None:
+    ratios, deficit = [[0.3, 0.9, 0.5, math.nan], [0.35, 0.1, 0.3, 0.4]], torch.tensor([0.1, 0.2, -0.3, 0.4])
+    rows = list(order[:count])
+    _, whole = decide(PrematureDetail(), free(*ratios), Prober(free(*ratios)[-1], deficit))
+    part = free(*([step[row] for row in rows] for step in ratios))
+    _, made = decide(PrematureDetail(), part, Prober(part[-1], deficit[rows]))
+    assert made == pytest.approx([whole[row] for row in rows], abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", PROBED)
+def test_a_probe_that_is_not_finite_is_never_a_pass(name: str, value: float) -> None:
+    """The free statistics alone would pass both images; the neighbour that was probed as well keeps its own score."""
+
+    def spoilt(rows: Sequence[int]) -> Observation:
+        probed = with_lids(observations[-1], rows, torch.zeros(3))
+        values = {**probed.values, name: probed.values[name].index_fill(0, torch.tensor([1]), value)}
+        return replace(probed, values=values)
+
+    detector, observations = PrematureDetail(), free([0.0, 0.3, 0.3])
+    assert verdict_of(decide(detector, observations, None)[1][1], detector.threshold) == "pass"
+    _, made = decide(detector, observations, spoilt)
+    assert [verdict_of(score, detector.threshold) for score in made] == ["pass", "unscored", "pass"]
+    assert made[2] == pytest.approx(0.3 - detector.lid_weight * detector.ordinary_deficit, abs=1e-5)
