@@ -22,6 +22,7 @@ from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.reference.reader import reads_as
 
+FIRST_SEED = 20_000  # nothing was chosen by looking at images of these seeds
 SEEDS = 3  # images a memorized prompt, which are few; one of every other
 
 
@@ -34,7 +35,7 @@ def generate_guarded(
     records: list[GuardRecord] = []
     for start in tqdm(range(0, len(prompts), BATCH), desc="guarded"):
         part = prompts[start : start + BATCH]
-        output = pipe(part, generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))])
+        output = pipe(part, generator=[torch.Generator().manual_seed(FIRST_SEED + start + i) for i in range(len(part))])
         images += output.images
         records += output.records
     return images, records
@@ -57,8 +58,8 @@ def main() -> None:
     rows = [row for row in load_truth(folder) if row["split"] == args.split for _ in range(times.get(row["family"], 1))]
     prompts = [row["prompt"] for row in rows]
     plain = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    before = list(generate(plain, prompts, first_seed=0))
-    stripped = list(generate(plain, [row["ordinary"] or row["prompt"] for row in rows], first_seed=0))
+    before = list(generate(plain, prompts, first_seed=FIRST_SEED))
+    stripped = list(generate(plain, [row["ordinary"] or row["prompt"] for row in rows], first_seed=FIRST_SEED))
     after, records = generate_guarded(GuardedStableDiffusionPipeline.from_pipe(plain), prompts)
 
     table: dict[str, dict[str, object]] = {}
@@ -86,7 +87,7 @@ def main() -> None:
                 )
             ),
         }
-    settings = {"steps": 50, "guidance_scale": 7.5, "lanes_an_image": 100, "split": args.split}
+    settings = {"steps": 50, "guidance_scale": 7.5, "lanes_an_image": 100, "split": args.split, "first_seed": FIRST_SEED}
     print(write_result(args.name, {"settings": settings, **table}))
     for family, row in table.items():
         print(family, row)
