@@ -87,7 +87,8 @@ def main() -> None:
                 )
             ),
         }
-    settings = {"steps": 50, "guidance_scale": 7.5, "lanes_an_image": 100, "split": args.split, "first_seed": FIRST_SEED}
+    asked = {"split": args.split, "first_seed": FIRST_SEED}
+    settings = {"steps": 50, "guidance_scale": 7.5, "lanes_an_image": 100, **asked}
     print(write_result(args.name, {"settings": settings, **table}))
     for family, row in table.items():
         print(family, row)
