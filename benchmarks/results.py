@@ -17,7 +17,6 @@ FOLDER = Path(__file__).parent / "results"
 
 def provenance() -> dict[str, Any]:
     """Where a result was measured."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     packages = ("torch", "diffusers", "transformers", "numpy")
     return {
         "machine": processor(),
@@ -25,8 +24,19 @@ def provenance() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
+        "git": revision(),
     }
+
+
+def revision() -> str:
+    """Of the code, with `-dirty` if anything but result files differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def processor() -> str:
