@@ -10,7 +10,6 @@ from benchmarks.results import FOLDER
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->", "<!-- end of figures -->"
-SHOWN_STATISTICS = ("cfg_norm", "detail", "log_detail_ratio", "trajectory_lid", "trajectory_lid_control")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -29,25 +28,48 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def cell(judged: dict[str, float]) -> str:
-    """AUROC and TPR of one question."""
-    return f"{judged['auroc']:.4f} / {judged['tpr_at_1_fpr']:.2f}"
+def cell(row: dict[str, Any]) -> str:
+    """AUROC and TPR at 1 % FPR, and the step."""
+    return f"{row['auroc']:.4f} / {row['tpr_at_1_fpr']:.2f} @ {row['step']}"
 
 
-def detection_table(result: dict[str, Any], split: str = "report") -> str:
-    """The default detector, then each statistic at its best step up to the deciding one."""
-    report, decided = result[split], result["settings"]["decided_at_step"]
-    questions = ("verbatim / novel", "verbatim / novel + plain", "template / novel + plain")
-    rows = [(f"**default, decided at step {decided}**", *(f"**{cell(report['default'][q])}**" for q in questions))]
-    for name in SHOWN_STATISTICS:
-        steps = {
-            int(key.split(" @ ")[1]): value
-            for key, value in report["statistics"].items()
-            if key.split(" @ ")[0] == name
-        }
-        best = max((s for s in steps if s <= decided), key=lambda s: steps[s][questions[1]]["auroc"])
-        rows.append((f"{name}, step {best}", *(cell(steps[best][q]) for q in questions)))
-    return table(("statistic", *questions), rows)
+def detection_table(result: dict[str, Any]) -> str:
+    """The guard first, then each statistic, the best on verbatim prompts first; each at its own best step."""
+    asked = [f"{kind} / novel + plain, n = {n}" for kind in ("verbatim", "template") for n in (1, 4)]
+    columns = [{row["statistic"]: row for row in result["best_steps"][question]} for question in asked]
+    merits: dict[str, float] = {}
+    for column in columns:
+        for name, row in column.items():
+            merits.setdefault(name, row["auroc"])
+    rows: list[tuple[Any, ...]] = []
+    for name in sorted(merits, key=lambda name: (name != "guard", -merits[name])):
+        lanes = next(column[name]["lanes"] for column in columns if name in column)
+        cells = [cell(column[name]) if name in column else "-" for column in columns]
+        rows.append((f"**{name}**" if name == "guard" else name, f"{lanes:.3g}", *cells))
+    return table(("statistic", "extra lanes", "verbatim, n = 1", "n = 4", "template, n = 1", "n = 4"), rows)
+
+
+def flagged(result: dict[str, Any]) -> str:
+    """Shares that the guard flags at its default threshold."""
+    return ", ".join(f"{family} {percent(share)}" for family, share in result["flagged"].items())
+
+
+def sweep_table(*results: dict[str, Any]) -> str:
+    """The guard across settings, on each checkpoint: AUROC and shares flagged."""
+    rows: list[tuple[Any, ...]] = []
+    default = results[0]["lines"][0]["setting"]
+    for lines in zip(*(result["lines"] for result in results), strict=True):
+        changed = {key: value for key, value in lines[0]["setting"].items() if value != default[key]}
+        name = ", ".join(f"{key} {value}".removesuffix("Scheduler") for key, value in changed.items()) or "default"
+        cells: list[str] = []
+        for line in lines:
+            found = [line[f"{kind} / novel + plain"]["auroc"] for kind in ("verbatim", "template")]
+            own = line["flagged"]
+            cells += [" / ".join(f"{value:.3f}" for value in found)]
+            cells += [" / ".join(percent(own[f]) for f in ("verbatim", "template", "novel"))]
+        rows.append((name, *cells))
+    each = ("AUROC verbatim / template", "flagged verbatim / template / novel")
+    return table(("setting", *each, *(f"second: {name}" for name in each)), rows)
 
 
 def mitigation_table(result: dict[str, Any]) -> str:
@@ -82,49 +104,41 @@ def mitigation_table(result: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def pooled(*results: dict[str, Any]) -> str:
-    """Verbatim images of several runs together: one run of twenty prompts says little."""
-    rows = [result["verbatim"] for result in results]
-    images = sum(row["images"] for row in rows)
-    copies = sum(round(row["copies_after"] * row["images"]) for row in rows)
-    blocked = sum(row["outcomes"].get("blocked", 0) for row in rows)
-    one = rows[-1]
-    return (
-        "It varies with the seeds: an earlier run of the same guard, with one other seed a prompt "
-        f"(`mitigation_one_seed.json`), left {percent(one['copies_after'])} verbatim copies and blocked "
-        f"{percent(one['outcomes']['blocked'] / one['images'])}. "
-        f"Both runs together: {copies} copies ({percent(copies / images)}) and {blocked} blocked "
-        f"({percent(blocked / images)}) of {images} images. The targets were 5 % and 10 %."
-    )
-
-
 def figures() -> str:
     """The whole section."""
-    truth, detection, mitigation, overhead = (load(n) for n in ("reference", "detection", "mitigation", "overhead"))
+    names = ("reference", "detection", "detection_unseen", "mitigation", "mitigation_unseen", "overhead")
+    truth, detection, unseen, mitigation, other, overhead = (load(name) for name in names)
     report, place = truth["report"], detection["provenance"]
-    speed = ", ".join(f"{line['ratio_median']:.3f} at batch {line['batch']}" for line in overhead["batches"])
+    speed = ", ".join(
+        f"{line['ratio_median']:.3f} ({line['ratio_quartiles'][0]:.3f} to {line['ratio_quartiles'][1]:.3f}) "
+        f"at batch {line['batch']}"
+        for line in overhead["batches"]
+    )
     return "\n\n".join(
         (
-            "All on `report` rows, one image a prompt (mitigation: three of a memorized one), 50 DDIM steps, "
-            "guidance 7.5; thresholds chosen on `tune` rows. "
-            f"{place['machine']}, {place['threads']} threads, torch {place['versions']['torch']}, {place['dtype']}; "
+            "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows of the "
+            f"bundled checkpoint. {place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`.",
             f"*The reference.* {percent(report['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(report['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(report['reads_as_caption']['novel'])} of novel images read as their caption.",
-            "*Detection*, AUROC / TPR at 1 % FPR:",
+            "*Detection*, against novel and plain prompts together: AUROC / TPR at 1 % FPR @ step. The guard decides "
+            "at its own step by one fixed rule; every other statistic is shown at its best step, chosen on these very "
+            "prompts. n is the number of images a decision.",
             detection_table(detection),
-            "Flagged by the default threshold: "
-            + ", ".join(
-                f"{family} {percent(value)}" for family, value in detection["report"]["flagged_by_default"].items()
-            )
-            + f", for {detection['cost']['extra_lanes_an_image']} extra lane evaluations an image of "
-            f"{detection['cost']['lanes_an_image']}.",
-            "*Mitigation*, the default plan; the oracle is the rare phrase removed by hand:",
+            f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
+            "*A second checkpoint, never seen before* (v-prediction, linear betas, another world; `benchmarks/"
+            "reference/train.py`, not bundled), same default:",
+            detection_table(unseen),
+            f"Flagged there: {flagged(unseen)}.",
+            "*Across settings*, one image a prompt, the default threshold throughout; second: that checkpoint.",
+            sweep_table(load("sweep"), load("sweep_unseen")),
+            "*Mitigation*, the default plan, three images of a memorized prompt and one of any other; the oracle is "
+            "the rare phrase removed by hand:",
             mitigation_table(mitigation),
-            pooled(mitigation, load("mitigation_one_seed")),
-            f"*Time*, guarded over unguarded with nothing flagged: {speed} "
-            f"({overhead['batches'][0]['extra_lanes_an_image']} extra lanes on 100).",
+            "The same on the second checkpoint:",
+            mitigation_table(other),
+            f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed}.",
         )
     )
 

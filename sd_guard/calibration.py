@@ -52,7 +52,7 @@ class Calibration:
         observe_at: as of the guard that scored them.
         probes: likewise.
         thresholds: step to threshold of the score of the observations up to that step.
-        lid_weight: of the detector that scored them; None where it has none.
+        detector: settings of the detector that scored them, all but its threshold.
         benign_scores: at the deciding step, ascending, one a prompt.
     """
 
@@ -62,21 +62,23 @@ class Calibration:
     observe_at: tuple[float, ...]
     probes: int
     thresholds: Mapping[int, float]
-    lid_weight: float | None
+    detector: Mapping[str, Any]
     benign_scores: tuple[float, ...]
 
     def apply(self, guard: Guard) -> Guard:
         """The guard with this threshold, looking where the benign images were looked at and scoring as they were.
 
         Raises:
-            ValueError: the guard's detector cannot score as they were.
+            ValueError: the guard's detector is of another kind.
         """
-        settings = {"threshold": self.thresholds[max(self.thresholds)]}
-        if self.lid_weight is not None:
-            _check_lid_weight(guard.detector, "the calibration was made for a detector that has one")
-            settings["lid_weight"] = self.lid_weight
-        watch = replace(guard, observe_at=self.observe_at, probes=self.probes)
-        return replace(watch, detector=replace(guard.detector, **settings))  # type: ignore[type-var]
+        if scoring_of(guard.detector).keys() != self.detector.keys():
+            raise ValueError(
+                f"the calibration was made for another detector than {type(guard.detector).__name__} (its settings: "
+                f"{', '.join(self.detector) or 'none'}): calibrate again"
+            )
+        threshold = self.thresholds[max(self.thresholds)]
+        detector = replace(guard.detector, threshold=threshold, **self.detector)  # type: ignore[type-var]
+        return replace(guard, observe_at=self.observe_at, probes=self.probes, detector=detector)
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raises ValueError where a call's configuration is not the calibrated one."""
@@ -107,7 +109,8 @@ class Calibration:
             if not thresholds:
                 raise ValueError("no thresholds")
             lists = {name: tuple(float(x) for x in content.pop(name)) for name in ("observe_at", "benign_scores")}
-            return cls(fingerprint=fingerprint, thresholds=thresholds, **lists, **content)
+            detector = {name: tuple(v) if isinstance(v, list) else v for name, v in content.pop("detector").items()}
+            return cls(fingerprint=fingerprint, thresholds=thresholds, detector=detector, **lists, **content)
         except OSError as error:
             raise ValueError(f"calibration {str(path)!r} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -176,7 +179,7 @@ class Calibrator:
             observe_at=guard.observe_at,
             probes=guard.probes,
             thresholds={step: conformal_threshold(own, alpha, per_prompt=each) for step, own in scores.items()},
-            lid_weight=getattr(detector, "lid_weight", None),
+            detector=scoring_of(detector),
             benign_scores=tuple(sorted(firsts)),
         )
 
@@ -257,6 +260,12 @@ def observations_of(record: GuardRecord) -> list[Observation]:
 def _scores(detector: Detector, trajectories: Iterable[Trajectory], step: int) -> list[float]:
     """Of what was seen of each scored image up to a step."""
     return [float(detector.score([seen for seen in t if seen.step <= step])[0]) for t in trajectories if t]
+
+
+def scoring_of(detector: Detector) -> dict[str, Any]:
+    """Settings that scores depend on: all of a detector's but its threshold."""
+    settings = asdict(detector)  # type: ignore[call-overload]
+    return {name: value for name, value in settings.items() if name != "threshold"}
 
 
 def _check_lid_weight(detector: Detector, why: str) -> None:

@@ -61,7 +61,8 @@ def test_calibrator() -> None:
     assert calibration.thresholds == {step: ordered[rank - 1] for step, ordered in scores.items()}
     assert (calibration.images, calibration.observe_at, calibration.probes) == (10, (0.06, 0.14), 3)
     assert calibration.fingerprint == FINGERPRINT
-    assert calibration.lid_weight == made.guard.detector.lid_weight
+    own = made.guard.detector
+    assert calibration.detector == {name: getattr(own, name) for name in ("doubt", "lid_weight", "ordinary_deficit")}
     assert calibration.benign_scores == tuple(scores[7])
 
 
@@ -196,7 +197,7 @@ def test_the_chosen_weight_never_saw_the_half_that_sets_the_threshold() -> None:
     for each in made:
         each.update(memorized, memorized=True)
     plain, changed = (each.finish() for each in made)
-    assert plain.lid_weight == changed.lid_weight
+    assert plain.detector == changed.detector
     assert plain.thresholds != changed.thresholds
 
 
@@ -216,10 +217,10 @@ def test_memorized_prompts_that_cannot_choose() -> None:
         made.update([record(1.0)], memorized=True)
     made.update([record(1.0), record(2.0)])
     calibration = made.finish()
-    assert calibration.lid_weight is None
+    assert calibration.detector == {}
     assert calibration.apply(made.guard).detector == Plain(threshold=2.0)
-    with pytest.raises(ValueError, match="Plain has no lid_weight: the calibration was made for a detector that has"):
-        replace(calibration, lid_weight=2.0).apply(made.guard)
+    with pytest.raises(ValueError, match=r"made for another detector than Plain \(its settings: lid_weight"):
+        replace(calibration, detector={"lid_weight": 2.0}).apply(made.guard)
 
 
 def test_twice_as_many_benign_images_where_memorized_ones_choose() -> None:
@@ -241,19 +242,17 @@ CALIBRATION = Calibration(
     observe_at=(0.1, 0.3),
     probes=2,
     thresholds={5: 1.0, 15: -0.25},
-    lid_weight=4.0,
+    detector={"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009},
     benign_scores=(-0.5, 0.25),
 )
 
 
 def test_calibrated_guard() -> None:
-    """The threshold of the deciding step; nothing else of the guard is touched."""
+    """The threshold of the deciding step, and scores as they were; nothing else of the guard is touched."""
     own = Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5, doubt=(0.1, 0.3)), probes=7, seed=3)
     guard = CALIBRATION.apply(own)
-    assert guard.detector == PrematureDetail(threshold=-0.25, lid_weight=4.0, doubt=(0.1, 0.3))
+    assert guard.detector == PrematureDetail(threshold=-0.25, lid_weight=4.0, doubt=(0.2, 0.6))
     assert (guard.observe_at, guard.probes, guard.seed) == ((0.1, 0.3), 2, 3)
-    kept = replace(CALIBRATION, lid_weight=None).apply(own)
-    assert kept.detector == PrematureDetail(threshold=-0.25, lid_weight=0.5, doubt=(0.1, 0.3))
 
 
 def test_records_of_another_configuration() -> None:
@@ -298,7 +297,7 @@ def test_round_trip(tmp_path: Any) -> None:
     CALIBRATION.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json") == CALIBRATION
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
-    bare = replace(CALIBRATION, lid_weight=None, benign_scores=())
+    bare = replace(CALIBRATION, detector={}, benign_scores=())
     bare.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json") == bare
 
@@ -325,7 +324,8 @@ def broken(**changes: Any) -> bytes:
         broken(thresholds={"5": None}),
         broken(images="missing"),
         broken(probes="missing"),
-        broken(lid_weight="missing"),
+        broken(detector="missing"),
+        broken(detector=3),
         broken(benign_scores="missing"),
         broken(colour="red"),
         broken(observe_at=3),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from sd_guard.settings import guard_from_json, guard_to_json
 logger = logging.get_logger(__name__)
 
 GUARD_FILE = "guard.json"
+_TOKENIZER = Lock()
 _SESSION: ContextVar[Session | None] = ContextVar("sd_guard_session", default=None)
 _HOST_SIGNATURE = inspect.signature(StableDiffusionPipeline.__call__)
 
@@ -142,6 +144,11 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             settings.write_text(guard_to_json(self._guard), encoding="utf-8")
         else:
             settings.unlink(missing_ok=True)  # an earlier save's
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the host; one thread at a time: a fast tokenizer keeps its padding as state that threads share."""
+        with _TOKENIZER:
+            return super().encode_prompt(*args, **kwargs)
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Tensor:
         """As of the host; where a guarded call's trajectory begins."""
