@@ -44,7 +44,8 @@ class PrematureDetail:
     """The default: premature detail of the posterior mean, and where that leaves doubt, the width of the posterior.
 
     Both are relative to the model's own unconditional prediction at the same latent, so that the threshold needs no
-    calibration. The free half is the mean over steps of `log(detail_c / detail_u)`. Where it is in doubt, probes add
+    calibration. The free half is the mean over steps of the log of the detail that the prompt adds, over the
+    detail without it (`added_detail`). Where it is in doubt, probes add
     `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
     nor the probes, so that scores stay exchangeable when a calibration moves the threshold. The numbers were chosen on
     `tune` rows of the bundled reference checkpoint.
@@ -56,14 +57,14 @@ class PrematureDetail:
         ordinary_deficit: the share that speaks for neither side.
     """
 
-    threshold: float = 0.4
-    doubt: tuple[float, float] = (0.2, 0.6)
-    lid_weight: float = 15.0
-    ordinary_deficit: float = 0.009
+    threshold: float = 0.25
+    doubt: tuple[float, float] = (0.0, 0.6)
+    lid_weight: float = 10.0
+    ordinary_deficit: float = 0.005
 
     def score(self, observations: Sequence[Observation]) -> Tensor:
         """(B,) scores."""
-        score, last = self._ratio(observations), observations[-1]
+        score, last = self._added(observations), observations[-1]
         if last.probed:
             closed = (last.values["trajectory_lid_control"] - last.values["trajectory_lid"]) / last.dimension
             rows = torch.tensor(last.probed, device=score.device)
@@ -72,11 +73,11 @@ class PrematureDetail:
 
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:
         """(B,) whether the free half lies within `doubt`."""
-        ratio = self._ratio(observations)
-        return (ratio > self.doubt[0]) & (ratio < self.doubt[1])
+        added = self._added(observations)
+        return (added > self.doubt[0]) & (added < self.doubt[1])
 
-    def _ratio(self, observations: Sequence[Observation]) -> Tensor:
-        return torch.stack([seen.values["log_detail_ratio"] for seen in observations]).mean(0)
+    def _added(self, observations: Sequence[Observation]) -> Tensor:
+        return torch.stack([seen.values["added_detail"] for seen in observations]).mean(0)
 
 
 DETECTORS: dict[str, type[Detector]] = {"premature_detail": PrematureDetail}

@@ -74,7 +74,7 @@ class Guard:
         seed: of probe vectors and mitigations, mixed with the image's own.
     """
 
-    observe_at: tuple[float, ...] = (0.02, 0.04, 0.06, 0.08, 0.1)
+    observe_at: tuple[float, ...] = (0.02, 0.04, 0.06)
     probes: int = 2
     detector: Detector = field(default_factory=PrematureDetail)
     plan: Sequence[Mitigation] = (WordAblation(), EmbeddingNoise(strengths=(3.0,)))

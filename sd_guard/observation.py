@@ -18,13 +18,13 @@ from sd_guard.noise import Prediction, PredictionType, interpret
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import probe_products, trajectory_lid
-from sd_guard.statistics.sharpness import detail, log_detail_ratio
+from sd_guard.statistics.sharpness import added_detail, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
 # name -> (point, lane) of every statistic an observation can hold
 STATISTICS: Mapping[str, tuple[str, str]] = {
     "detail": ("noisy", "conditional"),
-    "log_detail_ratio": ("noisy", "conditional/control"),
+    "added_detail": ("noisy", "conditional-control"),
     "cfg_norm": ("noisy", "conditional-control"),
     "trajectory_lid": ("noisy", "conditional"),
     "trajectory_lid_control": ("noisy", "control"),
@@ -92,7 +92,7 @@ def observe(call: StepCall, prediction_type: PredictionType) -> Observation:
     with_prompt, without = _predictions(call, prediction_type)
     values = {
         "detail": detail(with_prompt.x0_hat),
-        "log_detail_ratio": log_detail_ratio(with_prompt.x0_hat, without.x0_hat),
+        "added_detail": added_detail(with_prompt.x0_hat, without.x0_hat),
         "cfg_norm": cfg_norm(with_prompt.e_hat, without.e_hat),
     }
     lanes = (call.spent,) * call.x.shape[0]

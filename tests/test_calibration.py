@@ -30,7 +30,7 @@ def record(score: float, *, outcome: str = "passed", fingerprint: Fingerprint = 
         StatisticValue(step, name, "noisy", lane, value)
         for step, factor in ((3, 0.5), (7, 1.0))
         for name, lane, value in (
-            ("log_detail_ratio", "conditional/control", score * factor),
+            ("added_detail", "conditional-control", score * factor),
             ("trajectory_lid", "conditional", 40.0),
             ("trajectory_lid_control", "control", 40.0),
             ("detail", "conditional", 1.0),
@@ -94,7 +94,7 @@ def labelled(rng: Any, count: int, *, memorized: bool) -> list[GuardRecord]:
     records = []
     for place in range(count):
         statistics = {
-            "log_detail_ratio": rng.normal(),
+            "added_detail": rng.normal(),
             "trajectory_lid": 40.0 - (40.0 if memorized else 0.0) + rng.normal(),
             "trajectory_lid_control": 40.0,
         }
@@ -136,7 +136,7 @@ def test_memorized_prompts_raise_the_hits_and_leave_the_false_positives() -> Non
 
 def seen_by(detector: PrematureDetail, ratio: float, deficit: float) -> GuardRecord:
     """The record of an image that `detector` decides on: with the LID only where it asks for probes."""
-    names = ("log_detail_ratio", *PROBED)
+    names = ("added_detail", *PROBED)
     free = Observation(7, 256, {names[0]: torch.tensor([ratio])}, (0,))
 
     def probe(rows: Any) -> Observation:
@@ -179,7 +179,7 @@ def test_observations_of_a_record() -> None:
     """By step, in their order, probed where the record holds an LID."""
     first, last = observations_of(record(1.0))
     assert (first.step, last.step, first.dimension) == (3, 7, 256)
-    assert first.values["log_detail_ratio"].tolist() == [0.5]
+    assert first.values["added_detail"].tolist() == [0.5]
     assert (first.probed, last.probed) == ((0,), (0,))
     free = replace(record(1.0), statistics=tuple(v for v in record(1.0).statistics if v.name not in PROBED))
     assert [seen.probed for seen in observations_of(free)] == [(), ()]
@@ -207,7 +207,7 @@ def test_memorized_prompts_that_cannot_choose() -> None:
         threshold: float = 0.0
 
         def score(self, observations: Any) -> Any:
-            return observations[-1].values["log_detail_ratio"]
+            return observations[-1].values["added_detail"]
 
         def in_doubt(self, observations: Any) -> Any:
             return torch.zeros(len(self.score(observations)), dtype=torch.bool)

@@ -23,7 +23,7 @@ ratios_of_images = st.lists(finite | st.sampled_from([math.nan, math.inf, -math.
 def free(*ratios: Sequence[float]) -> list[Observation]:
     """One observation a step, of the log detail ratios of its images."""
     return [
-        Observation(step, D, {"log_detail_ratio": torch.tensor(ratio)}, (0,) * len(ratio))
+        Observation(step, D, {"added_detail": torch.tensor(ratio)}, (0,) * len(ratio))
         for step, ratio in enumerate(ratios)
     ]
 

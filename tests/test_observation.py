@@ -28,7 +28,7 @@ from sd_guard.observation import (
     with_control,
 )
 from sd_guard.statistics.base import StepCall
-from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail, log_detail_ratio
+from sd_guard.statistics.sharpness import CONTROL_FLOOR, added_detail, detail, log_detail_ratio
 
 SCHEDULE = DDIMScheduler(**TRAINING)
 SHAPE, D = (4, 6, 6), 144
@@ -181,7 +181,7 @@ def test_free_statistics_cost_nothing() -> None:
     unet.rows = 0
     seen = observe(call, "epsilon")
     assert (seen.lanes, seen.probed, unet.rows) == ((0, 0, 0), (), 0)
-    assert set(seen.values) == {"detail", "log_detail_ratio", "cfg_norm"} == set(STATISTICS) - set(PROBED)
+    assert set(seen.values) == {"detail", "added_detail", "cfg_norm"} == set(STATISTICS) - set(PROBED)
     assert all(value.shape == (3,) and value.dtype == torch.float32 for value in seen.values.values())
 
 
@@ -210,9 +210,9 @@ def test_premature_detail_of_a_memory() -> None:
     level = unet.level(900)
     seen = observe(step_call(unet, noised(mixture, level), 900), "epsilon")
     blur = mixture.denoise(noised(mixture, level), level)
-    expected = (detail(means[5].reshape(1, *SHAPE)) / detail(blur)).log()
-    torch.testing.assert_close(seen.values["log_detail_ratio"], expected, rtol=1e-3, atol=2e-3)
-    assert (seen.values["log_detail_ratio"] > 0.5).all()
+    expected = (detail(means[5].reshape(1, *SHAPE) - blur) / detail(blur)).log()
+    torch.testing.assert_close(seen.values["added_detail"], expected, rtol=1e-3, atol=2e-3)
+    assert (seen.values["added_detail"] > 0.5).all()
 
 
 @settings(max_examples=25)
@@ -251,11 +251,24 @@ def test_log_detail_ratio_has_no_scale_above_its_floor(scale: float, seed: int) 
     torch.testing.assert_close(log_detail_ratio(x0 + 5.0, control - 3.0), ratio, rtol=1e-3, atol=1e-4)
 
 
+@given(scale=st.floats(0.2, 1e3), seed=st.integers(0, 1000))
+def test_added_detail_is_that_of_the_difference(scale: float, seed: int) -> None:
+    """No scale above the floor; what the control shows anyway, however faintly, adds little; flat colour adds none."""
+    x0, control = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    added = added_detail(x0, control)
+    torch.testing.assert_close(added, (detail(x0 - control) / detail(control)).log(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(added_detail(scale * x0, scale * control), added, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(added_detail(x0 + 5.0, control - 3.0), added, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(added_detail(1.5 * control, control), torch.full((3,), math.log(0.5)))
+    torch.testing.assert_close(added_detail(control, control), torch.full((3,), math.log(0.01)))
+
+
 def test_a_featureless_control_counts_with_the_floor() -> None:
     x0, control = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
     faint = log_detail_ratio(x0, 1e-2 * control)
     torch.testing.assert_close(faint, log_detail_ratio(x0, torch.zeros_like(control)))
     torch.testing.assert_close(faint, (detail(x0) / CONTROL_FLOOR).log())
+    torch.testing.assert_close(added_detail(x0, torch.zeros_like(control)), faint)
 
 
 def test_detail() -> None:

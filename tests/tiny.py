@@ -170,7 +170,7 @@ class DetailRatio:
     doubt: tuple[float, float] = NOBODY
 
     def score(self, observations: Sequence[Observation]) -> torch.Tensor:
-        return torch.stack([seen.values["log_detail_ratio"] for seen in observations]).mean(0)
+        return torch.stack([seen.values["added_detail"] for seen in observations]).mean(0)
 
     def in_doubt(self, observations: Sequence[Observation]) -> torch.Tensor:
         score = self.score(observations)

@@ -13,7 +13,7 @@ import numpy as np
 from sd_guard.evaluation.collect import Table
 from sd_guard.screening.records import write_atomic
 
-OURS: Final = ("detail", "log_detail_ratio", "trajectory_lid")  # what the default detector is made of
+OURS: Final = ("guard", "added_detail", "trajectory_lid")  # what the default detector is made of
 PREFERRED: Final = ("verbatim / novel + plain", "template / novel + plain")
 _STRONG: Final = ("#c1272d", "#0b62a8", "#1a7f37", "#8a3ffc")
 _MUTED: Final = ("#8c8c8c", "#b08a5b", "#7a9a8b", "#a58ab5", "#6f8fb0", "#b58a8a")

@@ -30,13 +30,14 @@ from sd_guard.statistics.normal_bundle import NormalBundleLid
 from sd_guard.statistics.norms import NoiseNorm
 from sd_guard.statistics.one_step import OneStepEdges
 from sd_guard.statistics.reconstruction import ReconstructionCost
-from sd_guard.statistics.sharpness import Detail, LogDetailRatio
+from sd_guard.statistics.sharpness import AddedDetail, Detail, LogDetailRatio
 from sd_guard.statistics.tiled import TiledDistance
 from sd_guard.statistics.update_norm import LatentUpdateNorm
 
 STATISTICS: Final[dict[str, type[Statistic]]] = {
     "detail": Detail,
     "log_detail_ratio": LogDetailRatio,
+    "added_detail": AddedDetail,
     "trajectory_lid": TrajectoryLid,
     "trajectory_lid_control": TrajectoryLidControl,
     "lid_contrast": LidContrast,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sd_guard.statistics.base import Denoiser, StepCall
 
-CONTROL_FLOOR = 0.12  # detail, in latents of unit scale, below which a control is as good as featureless
+CONTROL_FLOOR = 0.15  # detail, in latents of unit scale, below which a control is as good as featureless
 _TINY = 1e-12  # keeps the logarithm finite for a constant prediction
+_NOTHING = 0.01  # of the control's detail: less than that is none
 
 
 def detail(x0_hat: Tensor) -> Tensor:
@@ -45,6 +46,25 @@ def log_detail_ratio(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
         (B,); about 0 or less for prompts that the model knows no better than no prompt, positive for premature detail.
     """
     return (detail(x0_hat) + _TINY).log() - detail(x0_hat_control).clamp(min=CONTROL_FLOOR).log()
+
+
+def added_detail(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
+    """Log of the detail that a prompt adds over the detail that is there without it.
+
+    The detail of the *difference* of the two predictions tells a picture that the prompt brings along from one that the
+    model sees in this latent anyway, only more faintly: the latter adds little, however sharp it is. The control counts
+    with at least `CONTROL_FLOOR`, for the reason given at `log_detail_ratio`.
+
+    Args:
+        x0_hat: (B, C, H, W) conditional prediction.
+        x0_hat_control: (B, C, H, W) the unconditional prediction at the same latent and noise level.
+
+    Returns:
+        (B,); about -0.2 for ordinary prompts early in the trajectory, above 0.25 for premature detail, at least -4.7.
+    """
+    control = detail(x0_hat_control).clamp(min=CONTROL_FLOOR)
+    added = detail(x0_hat.float() - x0_hat_control.float()) / control
+    return added.clamp(min=_NOTHING).log()
 
 
 def resemblance(x0_hat: Tensor, other: Tensor) -> Tensor:
@@ -101,6 +121,28 @@ class LogDetailRatio:
             ValueError: the sampler evaluated no control.
         """
         return log_detail_ratio(model.read(call, "conditional").x0_hat, model.read(call, "control").x0_hat)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedDetail:
+    """`added_detail` of the predictions with and without the prompt: the free half of the default detector.
+
+    Attributes:
+        at: anywhere.
+    """
+
+    name: str = field(default="added_detail", init=False)
+    higher_is_memorized: bool = field(default=True, init=False)
+    lanes: float = field(default=0.0, init=False)
+    at: tuple[float, ...] | None = None
+
+    def measure(self, call: StepCall, model: Denoiser) -> Tensor:
+        """(B,).
+
+        Raises:
+            ValueError: the sampler evaluated no control.
+        """
+        return added_detail(model.read(call, "conditional").x0_hat, model.read(call, "control").x0_hat)
 
 
 def _differences(x: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def test_record(guarded: Any) -> None:
         assert record.seed == row + 1
         assert record.attempts == ()
         assert {(v.step, v.name, v.point, v.lane) for v in record.statistics} >= {
-            (1, "log_detail_ratio", "noisy", "conditional/control"),
-            (3, "log_detail_ratio", "noisy", "conditional/control"),
+            (1, "added_detail", "noisy", "conditional-control"),
+            (3, "added_detail", "noisy", "conditional-control"),
             (3, "trajectory_lid", "noisy", "conditional"),
             (3, "trajectory_lid_control", "noisy", "control"),
         }
@@ -140,7 +140,7 @@ def test_control_lane_is_evaluated_and_counted(guarded: Any, call_arguments: dic
     assert [record.extra_lanes for record in output.records] == [4 + (3 if call_arguments else 0)] * 2
     first = call(guarded(watching(observe_at=(0.0,))))
     for record, expected in zip(output.records, first.records, strict=True):
-        for name in ("detail", "log_detail_ratio", "cfg_norm"):  # before the first step all calls are at one latent
+        for name in ("detail", "added_detail", "cfg_norm"):  # before the first step all calls are at one latent
             assert values(record)[0, name] == pytest.approx(values(expected)[0, name], rel=1e-4, abs=1e-5)
 
 

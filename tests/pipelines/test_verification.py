@@ -36,7 +36,7 @@ class Fixed:
     after: float = 0.0
 
     def score(self, observations: Any) -> torch.Tensor:
-        count = len(observations[0].values["log_detail_ratio"])
+        count = len(observations[0].values["added_detail"])
         if count == len(PROMPTS):
             return torch.tensor([self.before, -99.0, -99.0])
         return torch.full((count,), self.after)
