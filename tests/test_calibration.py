@@ -251,7 +251,8 @@ def test_calibrated_guard() -> None:
     """The threshold of the deciding step, and scores as they were; nothing else of the guard is touched."""
     own = Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5, doubt=(0.1, 0.3)), probes=7, seed=3)
     guard = CALIBRATION.apply(own)
-    assert guard.detector == PrematureDetail(threshold=-0.25, lid_weight=4.0, doubt=(0.2, 0.6))
+    scored = {"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009}
+    assert guard.detector == PrematureDetail(threshold=-0.25, **scored)
     assert (guard.observe_at, guard.probes, guard.seed) == ((0.1, 0.3), 2, 3)
 
 
@@ -322,6 +323,7 @@ def broken(**changes: Any) -> bytes:
         broken(thresholds={}),
         broken(thresholds={"five": 1.0}),
         broken(thresholds={"5": None}),
+        broken(thresholds={"5": math.nan}),
         broken(images="missing"),
         broken(probes="missing"),
         broken(detector="missing"),
@@ -341,6 +343,11 @@ def test_what_is_no_calibration(tmp_path: Any, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"c\.json' is not a calibration file: make one with Calibrator") as caught:
         Calibration.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_threshold_that_is_no_number() -> None:
+    with pytest.raises(ValueError, match="threshold=nan"):
+        PrematureDetail(threshold=math.nan)
 
 
 def test_no_such_file(tmp_path: Any) -> None:

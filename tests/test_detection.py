@@ -16,12 +16,13 @@ from sd_guard.detection import PrematureDetail, decide, verdict_of
 from sd_guard.observation import PROBED, Observation
 
 D = 256
+DETECTOR = PrematureDetail(threshold=0.4, doubt=(0.2, 0.6), lid_weight=15.0, ordinary_deficit=0.009)
 finite = st.floats(-3.0, 3.0, width=32)
 ratios_of_images = st.lists(finite | st.sampled_from([math.nan, math.inf, -math.inf]), min_size=1, max_size=8)
 
 
 def free(*ratios: Sequence[float]) -> list[Observation]:
-    """One observation a step, of the log detail ratios of its images."""
+    """One observation a step, of the detail that its images' prompts add."""
     return [
         Observation(step, D, {"added_detail": torch.tensor(ratio)}, (0,) * len(ratio))
         for step, ratio in enumerate(ratios)
@@ -87,22 +88,22 @@ def test_only_rows_in_doubt_are_probed(ratios: list[float], doubt: tuple[float, 
 def test_without_doubt_nothing_is_asked_and_nothing_changes() -> None:
     observations = free([0.0, 0.9], [0.1, 0.9])
     prober = Prober(observations[-1], torch.ones(2))
-    seen, made = decide(PrematureDetail(), observations, prober)
+    seen, made = decide(DETECTOR, observations, prober)
     assert prober.asked == []
     assert all(one is other for one, other in zip(seen, observations, strict=True))
-    assert made == PrematureDetail().score(observations).tolist()
+    assert made == DETECTOR.score(observations).tolist()
 
 
 def test_without_a_probe_the_free_statistics_decide() -> None:
     observations = free([0.3, 0.5])
-    seen, made = decide(PrematureDetail(), observations, None)
+    seen, made = decide(DETECTOR, observations, None)
     assert seen == observations
-    assert made == PrematureDetail().score(observations).tolist()
+    assert made == DETECTOR.score(observations).tolist()
 
 
 def test_only_the_last_observation_is_replaced() -> None:
     observations = free([0.4, 0.9], [0.4, 0.9], [0.4, 0.9])
-    seen, _ = decide(PrematureDetail(), observations, Prober(observations[-1], torch.zeros(2)))
+    seen, _ = decide(DETECTOR, observations, Prober(observations[-1], torch.zeros(2)))
     assert all(one is other for one, other in zip(seen[:-1], observations[:-1], strict=True))
     assert [each.probed for each in seen] == [(), (), (0,)]
     assert [each.probed for each in observations] == [(), (), ()]
@@ -114,7 +115,7 @@ def test_who_is_in_doubt_depends_on_neither_threshold_nor_probes(
 ) -> None:
     """Else a threshold that a calibration moves would change the scores that it was made from."""
     observations, prober = free(*ratios), Prober(free(*ratios)[-1], torch.tensor([deficit]))
-    detector = PrematureDetail(lid_weight=weight)
+    detector = replace(DETECTOR, lid_weight=weight)
     doubt = detector.in_doubt(observations)
     assert (doubt.dtype, doubt.shape) == (torch.bool, (1,))
     for changes in ({"threshold": threshold}, {"lid_weight": threshold}, {"ordinary_deficit": threshold}):
@@ -132,9 +133,9 @@ def test_who_is_in_doubt_depends_on_neither_threshold_nor_probes(
 def test_no_image_sees_its_batchmates(order: list[int], count: int) -> None:
     ratios, deficit = [[0.3, 0.9, 0.5, math.nan], [0.35, 0.1, 0.3, 0.4]], torch.tensor([0.1, 0.2, -0.3, 0.4])
     rows = list(order[:count])
-    _, whole = decide(PrematureDetail(), free(*ratios), Prober(free(*ratios)[-1], deficit))
+    _, whole = decide(DETECTOR, free(*ratios), Prober(free(*ratios)[-1], deficit))
     part = free(*([step[row] for row in rows] for step in ratios))
-    _, made = decide(PrematureDetail(), part, Prober(part[-1], deficit[rows]))
+    _, made = decide(DETECTOR, part, Prober(part[-1], deficit[rows]))
     assert made == pytest.approx([whole[row] for row in rows], abs=1e-6, nan_ok=True)
 
 
@@ -148,7 +149,7 @@ def test_a_probe_that_is_not_finite_is_never_a_pass(name: str, value: float) -> 
         values = {**probed.values, name: probed.values[name].index_fill(0, torch.tensor([1]), value)}
         return replace(probed, values=values)
 
-    detector, observations = PrematureDetail(), free([0.0, 0.3, 0.3])
+    detector, observations = DETECTOR, free([0.0, 0.3, 0.3])
     assert verdict_of(decide(detector, observations, None)[1][1], detector.threshold) == "pass"
     _, made = decide(detector, observations, spoilt)
     assert [verdict_of(score, detector.threshold) for score in made] == ["pass", "unscored", "pass"]
