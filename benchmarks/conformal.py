@@ -1,7 +1,7 @@
 """False-positive rates of calibrated thresholds, as promised or not: `python -m benchmarks.conformal`.
 
-Benign prompts (novel and plain) of the bundled checkpoint, both splits, one image each. Once as a user would: calibrated
-on `tune`, counted on `report`. And over 200 random halves of all of them, whose mean is what the guarantee speaks of.
+Benign prompts (novel and plain) of the bundled checkpoint, both splits, one image each. Once as a user would: from the
+`tune` rows, counted on `report`. And over 200 random halves of all, whose mean is what the guarantee speaks of.
 """
 
 from __future__ import annotations
