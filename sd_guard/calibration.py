@@ -106,7 +106,7 @@ class Calibration:
             content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             fingerprint = Fingerprint(**content.pop("fingerprint"))
             thresholds = {int(step): float(value) for step, value in content.pop("thresholds").items()}
-            if not thresholds:
+            if not thresholds or any(map(math.isnan, thresholds.values())):  # no score exceeds a NaN: all would pass
                 raise ValueError("no thresholds")
             lists = {name: tuple(float(x) for x in content.pop(name)) for name in ("observe_at", "benign_scores")}
             detector = {name: tuple(v) if isinstance(v, list) else v for name, v in content.pop("detector").items()}

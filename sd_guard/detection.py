@@ -55,12 +55,20 @@ class PrematureDetail:
         doubt: the free half, lowest and highest, between which an image is probed.
         lid_weight: weight of the LID deficit, a share of the latent dimension.
         ordinary_deficit: the share that speaks for neither side.
+
+    Raises:
+        ValueError: a threshold that is NaN.
     """
 
     threshold: float = 0.25
     doubt: tuple[float, float] = (0.0, 0.6)
     lid_weight: float = 10.0
     ordinary_deficit: float = 0.005
+
+    def __post_init__(self) -> None:
+        """Refuses a threshold that every score would pass."""
+        if math.isnan(self.threshold):
+            raise ValueError(f"threshold={self.threshold} is no number, and no score exceeds it: give one")
 
     def score(self, observations: Sequence[Observation]) -> Tensor:
         """(B,) scores."""
