@@ -217,7 +217,7 @@ def _series(measurements: Measurements, prompts: int) -> Iterator[_Series]:
         yield _Series(
             described[name],
             int(steps[start]),
-            sign * scores,
+            np.where(np.isfinite(scores), sign * scores, np.nan),
             bool(compared[start]),
             lanes[start:end].reshape(prompts, width),
             float(np.median(costs[start:end])),

@@ -40,14 +40,18 @@ def to_images(images: Tensor) -> list[Image.Image]:
 def decoded_png_sizes(call: StepCall, model: Denoiser) -> Tensor:
     """(B,) bytes a pixel of the PNGs of the decoded ``x0_hat`` with the prompt, float32 or better.
 
+    NaN where a decoded image is not finite: as bytes it would read as a simple picture.
+
     Raises:
         ValueError: there is no autoencoder.
     """
     if model.decode is None:
         raise ValueError("decode is None: PNG sizes are those of images, give a Denoiser with an autoencoder")
     x0_hat = model.read(call, "conditional").x0_hat
-    images = to_images(model.decode(x0_hat.to(call.x.dtype)))
-    return torch.tensor([png_bytes_per_pixel(image) for image in images], device=x0_hat.device, dtype=x0_hat.dtype)
+    decoded = model.decode(x0_hat.to(call.x.dtype))
+    sizes = [png_bytes_per_pixel(image) for image in to_images(decoded.nan_to_num())]
+    whole = decoded.isfinite().flatten(1).all(1).to(x0_hat.device)
+    return torch.tensor(sizes, device=x0_hat.device, dtype=x0_hat.dtype).where(whole, torch.nan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

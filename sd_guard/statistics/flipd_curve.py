@@ -30,7 +30,7 @@ class FlipdCurve:
         values: (L, B) FLIPD in directions, float32 or better. In theory 0 to D; below 0 where a network pulls harder
             towards an image than the noise accounts for.
         knee_timestep: (B,) int64, of `timesteps`.
-        lid: (B,) the values at the knees.
+        lid: (B,) the values at the knees; NaN where a value of the curve is not finite, so that no knee can be told.
     """
 
     timesteps: Tensor
@@ -124,7 +124,7 @@ def flipd_curve(
         rows.append(estimate_flipd(predict, clean, level, product, estimator, seeds, point=point).value)
     values, levels = torch.stack(rows), torch.tensor(grid)
     knee = knee_index(levels, values)
-    lid = values.gather(0, knee[None])[0]
+    lid = values.gather(0, knee[None])[0].where(values.isfinite().all(0), torch.nan)
     return FlipdCurve(timesteps=levels, values=values, knee_timestep=levels[knee.cpu()], lid=lid)
 
 

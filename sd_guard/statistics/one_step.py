@@ -41,7 +41,7 @@ class OneStepEdges:
     at: tuple[float, ...] | None = (0.0,)
 
     def feature(self, call: StepCall, model: Denoiser) -> Tensor:
-        """(B, h, w) of 0 and 1: where the one-step image has an edge. Costs a decoding.
+        """(B, h, w) of 0 and 1: where the one-step image has an edge; NaN where it is not finite. Costs a decoding.
 
         Raises:
             ValueError: there is no autoencoder, or the sampler evaluated no control.
@@ -52,17 +52,19 @@ class OneStepEdges:
         image = model.decode(control + self.guidance_scale * (model.read(call, "conditional").x0_hat - control))
         if min(image.shape[-2:]) > _SIDE:
             image = interpolate(image, size=(_SIDE, _SIDE), mode="bicubic", antialias=True).clamp(0, 1)
-        return (edge_strength(image) > self.threshold).to(image.dtype)
+        strength = edge_strength(image)
+        return (strength > self.threshold).to(image.dtype).where(strength.isfinite(), torch.nan)
 
     def compare(self, features: Tensor) -> float:
-        """In [0, 1], of (N, h, w) features.
+        """In [0, 1], of (N, h, w) features; NaN where one of the images was not finite.
 
         Raises:
             ValueError: fewer than two seeds.
         """
         if len(features) < 2:
             raise ValueError(f"{len(features)} seeds cannot be compared: give features of at least two")
-        return float((features.mean(0) > self.agreement).to(features.dtype).mean())
+        share = features.mean(0)
+        return float((share > self.agreement).to(features.dtype).where(share.isfinite(), torch.nan).mean())
 
 
 def edge_strength(image: Tensor) -> Tensor:

@@ -92,11 +92,12 @@ def test_several_images_of_a_prompt_narrow_no_interval():
             assert row[f"auroc{end}"] == pytest.approx(other[f"auroc{end}"], abs=1e-6)
 
 
-def test_an_unscored_image_is_counted():
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_unscored_image_is_counted(value):
     measurements, _ = made_up()
     rows = measurements.values.to_pylist()
     bare = next(row for row in rows if (row["statistic"], row["index"]) == ("up", 0))
-    bare["value"] = float("nan")
+    bare["value"] = value
     broken = Measurements(
         values=pa.Table.from_pylist(rows, schema=SCHEMA), statistics=measurements.statistics, seeds=SEEDS
     )

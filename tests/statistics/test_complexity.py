@@ -81,3 +81,17 @@ def test_needs_an_autoencoder_and_probes(case):
             statistic.measure(call, blind)
     with pytest.raises(ValueError, match="probes=0"):
         LidPerPngSize(probes=0)
+
+
+def test_an_image_that_is_not_finite_has_no_size(case):
+    call, model = case
+
+    def broken(latents):
+        images = decode(latents)
+        images[0, 0, 0, 0] = torch.nan
+        return images
+
+    whole, value = (
+        DecodedPngSize().measure(call, dataclasses.replace(model, decode=each)) for each in (decode, broken)
+    )
+    assert value[0].isnan() and torch.equal(value[1:], whole[1:])

@@ -155,3 +155,17 @@ def test_refuses_an_empty_curve():
             flipd_curve(model, noise(1, 0, SHAPE), lanes, **arguments)
     with pytest.raises(ValueError, match="probes=0"):
         FPRegress(probes=0)
+
+
+def test_a_curve_with_a_gap_has_no_lid():
+    oracle = GaussianSubspace(D, 5)
+    clean = clean_points(oracle, 2)
+    model, lanes = behind(oracle, 2)
+
+    def broken(x, timestep, **arguments):
+        out = model.unet(x, timestep, **arguments)[0].clone()
+        out[1] *= torch.nan if int(timestep) == 500 else 1
+        return (out,)
+
+    curve = flipd_curve(dataclasses.replace(model, unet=broken), clean, lanes, timesteps=[5, 100, 500], probes=1)
+    assert curve.lid.isfinite().tolist() == [True, False]

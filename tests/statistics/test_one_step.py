@@ -68,3 +68,13 @@ def test_needs_an_autoencoder():
     call, model = with_images(None)
     with pytest.raises(ValueError, match="decode is None"):
         OneStepEdges().feature(call, dataclasses.replace(model, decode=None))
+
+
+def test_an_image_that_is_not_finite_has_no_edges_to_count():
+    image = stripe(20, 5)
+    broken = image.clone()
+    broken[0, 3, 4] = torch.nan
+    call, model = with_images(torch.stack([image, broken, image]))
+    features = OneStepEdges().feature(call, model)
+    assert np.isnan(OneStepEdges().compare(features))
+    assert OneStepEdges().compare(features[::2]) == pytest.approx(40 / 400)
