@@ -92,13 +92,16 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
 
         Args:
             guard: where to look, how to decide, what to do; None keeps the settings in force, or takes the default.
-            calibration: thresholds of this very configuration; a call in any other raises.
+            calibration: thresholds of this very configuration; a call in any other raises. None keeps the one in force
+                along with the settings, and drops it where a `guard` is given.
             on_failure: what becomes of an image that nothing rescued: `blank`, `keep` or `raise`.
             budget: extra lane evaluations an image may cost.
 
         Raises:
             ValueError: a setting that no call could use, or a pipeline that cannot be guarded.
         """
+        if guard is None and calibration is None:
+            calibration = self._calibration  # its threshold stays in force, and so must the check of what it holds for
         guard = guard or self._guard or Guard()
         policy = {"on_failure": on_failure, "budget": budget}
         guard = guard.with_policy(**{name: value for name, value in policy.items() if value is not None})

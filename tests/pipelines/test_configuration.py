@@ -17,7 +17,7 @@ from diffusers import (
 from pipelines.calls import STEPS, latents_of
 from tiny import build, byte_tokenizer, make_scheduler, seeded, watching
 
-from sd_guard.calibration import Calibration
+from sd_guard.calibration import Calibration, scoring_of
 from sd_guard.detection import PrematureDetail
 from sd_guard.fingerprint import take_fingerprint
 from sd_guard.guard import Guard
@@ -95,7 +95,8 @@ def test_from_pipe_samples_alike(plain: Any) -> None:
 def test_calibration_of_another_configuration(guarded: Any) -> None:
     pipe = guarded(watching())
     fingerprint = take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5)
-    calibration = Calibration(fingerprint, 0.1, 20, (0.2, 0.5), 1, {1: 5.0, 3: -math.inf}, None, ())
+    scoring = scoring_of(pipe.guard.detector)
+    calibration = Calibration(fingerprint, 0.1, 20, (0.2, 0.5), 1, {1: 5.0, 3: -math.inf}, scoring, ())
     pipe.enable_guard(calibration=calibration)
     output, _ = latents_of(pipe)
     assert [record.verdict for record in output.records] == ["flag"] * 3  # by the threshold of the deciding step
@@ -104,9 +105,14 @@ def test_calibration_of_another_configuration(guarded: Any) -> None:
         latents_of(pipe, num_inference_steps=5)
     with pytest.raises(ValueError, match=r"guidance: 7\.5, not 3"):
         latents_of(pipe, guidance_scale=3.0)
+    pipe.enable_guard(budget=0)  # keeps the settings in force, and with them what they hold for
+    with pytest.raises(ValueError, match=r"steps: 6, not 5"):
+        latents_of(pipe, num_inference_steps=5)
     pipe.scheduler = make_scheduler("euler")
     with pytest.raises(ValueError, match="scheduler: DDIMScheduler"):
         latents_of(pipe)
+    pipe.enable_guard(watching())
+    assert len(latents_of(pipe)[0].records) == 3
 
 
 def one_line(error: BaseException) -> str:
