@@ -37,12 +37,15 @@ def walk(
         guidance_scale: above 1, so that the sampler has a lane without a prompt.
 
     Raises:
-        ValueError, TypeError: a scheduler that cannot be read, guidance off, or as many seeds as prompts not given.
+        ValueError, TypeError: a scheduler that cannot be read, guidance off, a UNet that was distilled to do without,
+            or as many seeds as prompts not given.
     """
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, at least one")
     if guidance_scale <= 1:
         raise ValueError(f"guidance_scale={guidance_scale} leaves no lane without a prompt; give a number above 1")
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise ValueError("the UNet takes guidance as an embedding (LCM): it has no lane without a prompt; use another")
     check_scheduler(pipe.scheduler)
     device, scheduler = pipe._execution_device, copy.deepcopy(pipe.scheduler)
     prompt_embeds, negative_embeds = pipe.encode_prompt(list(prompts), device, 1, True)

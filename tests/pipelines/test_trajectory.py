@@ -49,3 +49,13 @@ def test_the_noise_function_gives_what_the_sampler_saw(parts):
 def test_refuses_what_it_cannot_walk(parts, arguments, named):
     with pytest.raises(ValueError, match=named):
         next(walk(build(StableDiffusionPipeline, parts), **{"prompts": ["a", "b"], "seeds": [1, 2]} | arguments))
+
+
+def test_refuses_a_unet_without_a_lane_of_no_prompt(parts):
+    pipe = build(StableDiffusionPipeline, parts)
+    pipe.unet.register_to_config(time_cond_proj_dim=8)
+    try:
+        with pytest.raises(ValueError, match="guidance as an embedding"):
+            next(walk(pipe, ["a"], [1]))
+    finally:
+        pipe.unet.register_to_config(time_cond_proj_dim=None)
