@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from sd_guard.calibration import Calibration
 from sd_guard.drift import _kolmogorov_smirnov, check_drift
+from sd_guard.fingerprint import Fingerprint
+from sd_guard.screening.records import Row, unscored_row
+from sd_guard.screening.summary import drift_warning
 
 RUNS = 1000
 
@@ -123,3 +129,21 @@ def test_a_run_that_lies_above_as_a_whole_is_named() -> None:
 def test_a_rate_that_is_none(rate: float) -> None:
     with pytest.raises(ValueError, match="must be above 0 and below 1"):
         check_drift([1.0], [1.0], false_alarms=rate)
+
+
+def test_a_run_says_what_was_found_or_that_nothing_could_be(tmp_path: Path) -> None:
+    """Also of a run that lies above its calibration as a whole, which no test can tell from a memorized one."""
+    benign = tuple(np.linspace(-1.0, 1.0, 200).tolist())
+    fingerprint = Fingerprint("m", "DDIM", 50, "7.5", "float32")
+    Calibration(fingerprint, 0.1, 200, (0.1,), 1, {5: 0.8}, {}, benign).save(tmp_path / "c.json")
+
+    def warning(scores: list[float]) -> str | None:
+        rows = [
+            unscored_row(prompt=str(n), family=None, seed=0, index=n, reason="") | {"score": score}
+            for n, score in enumerate(scores)
+        ]
+        return drift_warning(cast("list[Row]", rows), tmp_path / "c.json")
+
+    assert warning([*benign]) is None
+    assert "have left the calibration's" in (warning([score / 9 for score in benign]) or "")
+    assert "drift not checked: 0 of 200" in (warning([score + 5 for score in benign]) or "")

@@ -67,10 +67,13 @@ def _cells(counts: Counts) -> tuple[str, ...]:
 
 
 def drift_warning(rows: Sequence[Row], calibration: Path) -> str | None:
-    """What there is to say of a run whose benign scores have left those of its calibration; None if they have not."""
+    """What there is to say of a run whose benign scores have left those of its calibration; None if they have not.
+
+    Also says where that could not be checked: a run that lies above the calibration as a whole is such a case.
+    """
     from sd_guard.calibration import Calibration
     from sd_guard.drift import check_drift
 
     first = {row["prompt"]: row["score"] for row in reversed(rows) if row["score"] is not None}
     drift = check_drift(Calibration.load(calibration).benign_scores, list(first.values()))
-    return drift.message if drift.drifted else None
+    return drift.message if drift.drifted or drift.p_value is None else None
