@@ -180,18 +180,21 @@ def _fetch(address: str) -> bytes:
                 data += piece
                 if len(data) > MAX_BYTES:
                     raise ValueError(f"{address}: is larger than {MAX_BYTES >> 20} MiB, which no prompt list is")
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
         reason = error.reason if type(error) is urllib.error.URLError else error
         raise ValueError(
             f"{address}: could not be fetched ({' '.join(str(reason).split()) or type(error).__name__})"
         ) from error
-    if length is not None and int(length) != len(data):
+    if length is not None and length != str(len(data)):
         raise ValueError(f"{address}: ended after {len(data)} of {length} bytes; try again")
     return bytes(data)
 
 
 def _check_address(address: str) -> None:
-    parts = urllib.parse.urlsplit(address)
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError as error:
+        raise ValueError(f"{address}: is no address ({error}); check it") from None
     if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOCAL):
         raise ValueError(f"{address}: is no https address; use one")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -140,6 +141,11 @@ def test_nothing_is_asked_for_where_the_request_makes_no_sense(tmp_path: Path, s
 @pytest.mark.parametrize("url", ["http://example.org/list", "file:///etc/passwd", "ftp://127.0.0.1/list", "list.csv"])
 def test_addresses_that_are_not_asked(tmp_path: Path, url: str) -> None:
     refused(tmp_path, "is no https address; use one", url=url, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("url", ["https://[bad", "https://a..b/list"])
+def test_addresses_that_are_none(tmp_path: Path, url: str) -> None:
+    refused(tmp_path, re.escape(f"{url}: "), url=url, sha256="0" * 64)
 
 
 def test_redirects(tmp_path: Path, serve: Any) -> None:
