@@ -1,5 +1,6 @@
 """The command line: bad input is one line and an exit code, before a model is loaded; help is quick."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sd_guard.cli import main
+from sd_guard.reference import checkpoint_path
 
 OK = "prompt\na cat\n"
 
@@ -53,6 +55,8 @@ BAD = [
     (["generate", "a", "--out", "x.jpg", "--model", "model"], "is no .png"),
     (["generate", "a", "--out", "taken.png", "--model", "model"], "exists already"),
     (["generate", "a", "--out", "none/x.png", "--model", "model"], "no such folder"),
+    (["lid", "taken.png", "--prompt", " ", "--model", "model"], "--prompt is empty"),
+    (["lid", "taken.png", "--prompt", "a", "--model", "model"], "is no image that can be read"),
 ]
 
 
@@ -83,6 +87,32 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_the_folder_free(
         err = capsys.readouterr().err
         assert err.startswith("error: model: cannot be loaded")
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["screen", "ok.csv", "--out", "new"], ["generate", "a", "--out", "x.png", "--steps", "2"]]
+)
+def test_a_model_that_cannot_be_guarded_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    shutil.copytree(checkpoint_path(), folder / "edm")
+    index = folder / "edm" / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "EDMEulerScheduler"))
+    (folder / "edm" / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler"}')
+    assert main([*command, "--model", "edm"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: edm: cannot be guarded (TypeError: EDMEulerScheduler")
+    assert err.count("\n") == 1
+
+
+def test_an_image_that_cannot_be_scored_is_kept_and_is_no_pass(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One latent pixel has no detail."""
+    arguments = ["generate", "a", "--out", "x.png", "--steps", "2", "--height", "8", "--width", "8"]
+    assert main(arguments) == 1
+    assert "unscored: score none" in (out := capsys.readouterr().out) and "not finite" in out
+    assert (folder / "x.png").exists()
 
 
 def test_help_lists_every_command_and_loads_neither_torch_nor_pyarrow() -> None:

@@ -114,7 +114,7 @@ def generate(
 ) -> None:
     """Generate one guarded image.
 
-    If it is blocked, none is written, and the exit code is 1.
+    If it is blocked, none is written, and the exit code is 1; likewise 1 if it could not be scored, and is kept.
     """
     with one_line(BAD_ARGUMENTS):
         if not prompt.strip():
@@ -145,9 +145,13 @@ def generate(
         row = generate_one(load_pipeline(settings), prompt, settings, seed=seed, out=out)
     score = "none" if row["score"] is None else f"{row['score']:.3g}"
     line = f"{row['outcome']}: score {score}, {len(row['attempts'])} attempts, {row['extra_lanes']} extra lanes"
+    if row["reason"]:
+        line += f" ({row['reason']})"
     if row["image"] is None:
-        fail(FAILED, f"no image; {line}" + (f" ({row['reason']})" if row["reason"] else ""))
+        fail(FAILED, f"no image; {line}")
     typer.echo(f"{line}; {out}")
+    if row["outcome"] == "unscored":  # not a pass, though the image is kept
+        raise typer.Exit(FAILED)
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:

@@ -48,6 +48,7 @@ def evaluate_statistics(
     """
     from sd_guard.evaluation.run import evaluate, plan_evaluation
     from sd_guard.evaluation.settings import EvaluationSettings
+    from sd_guard.screening.loading import silence
 
     with one_line(BAD_ARGUMENTS):
         names = None if statistics is None else tuple(name.strip() for name in statistics.split(",") if name.strip())
@@ -64,6 +65,7 @@ def evaluate_statistics(
         )
         plan = plan_evaluation(settings)
     with one_line(FAILED), interruptible(out):
+        silence()
         evaluate(plan)
         typer.echo((out / "table.md").read_text(encoding="utf-8"))
         typer.echo(f"table and figure: {out}")
@@ -136,13 +138,19 @@ def lid(
     """
     with one_line(BAD_ARGUMENTS):
         check_seed(seed)
+        if not prompt.strip():
+            raise ValueError("--prompt is empty; give the image's caption")
         pixels = _read_image(image)
         settings = ModelSettings(model=model or bundled_model(), device=device, dtype=dtype)
     with one_line(FAILED):
         from sd_guard.image_lid import lid_of_image
-        from sd_guard.screening.loading import load_pipeline
+        from sd_guard.screening.loading import first_line, load_pipeline
 
-        found = lid_of_image(load_pipeline(settings), pixels, prompt, seed=seed)
+        pipe = load_pipeline(settings)
+        try:
+            found = lid_of_image(pipe, pixels, prompt, seed=seed)
+        except Exception as error:  # out of memory, or whatever the model raises
+            raise ValueError(f"{image}: its LID could not be estimated ({first_line(error)})") from error
     typer.echo(f"{found.case}: {found.reason}")
 
 

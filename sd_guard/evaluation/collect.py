@@ -30,17 +30,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd_guard.evaluation.guarded import Watching
-from sd_guard.evaluation.settings import DEFAULT_SHARES, GUARD
+from sd_guard.evaluation.settings import DEFAULT_SHARES, GUARD, image_seed
 from sd_guard.guard import Guard, step_at
 from sd_guard.pipelines.trajectory import denoiser_of, walk
-from sd_guard.screening.prompts import MAX_SEED, PromptRow
+from sd_guard.screening.prompts import PromptRow
 from sd_guard.statistics.base import SeedStatistic, Statistic
 
 Table: TypeAlias = Any  # a pyarrow.Table: pyarrow declares no types
 Row: TypeAlias = dict[str, Any]  # of SCHEMA
 T = TypeVar("T")
 
-SEED_STRIDE: Final = 1_000_000  # torch's CPU generator reads the low 32 bits of a seed: a stride of 2^32 repeats images
 SCHEMA: Final = pa.schema(
     [
         pa.field("index", pa.int32(), nullable=False),
@@ -165,18 +164,6 @@ def collect(
             bar.update(len(images))
     values = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     return Measurements(values=values, statistics=described, seeds=seeds)
-
-
-def image_seed(row: PromptRow, index: int, number: int) -> int:
-    """Seed of image `number` of the prompt at `index`: its own seed or else `index`, plus `number` SEED_STRIDE.
-
-    Raises:
-        ValueError: It would leave [0, 2^63).
-    """
-    seed = (index if row.seed is None else row.seed) + number * SEED_STRIDE
-    if seed > MAX_SEED:
-        raise ValueError(f"seed {row.seed} of prompt {index} is too large for {number + 1} images; use a smaller one")
-    return seed
 
 
 def describe(

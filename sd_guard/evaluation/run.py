@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from sd_guard.evaluation.settings import GUARD, EvaluationSettings, check_labels
+from sd_guard.evaluation.settings import GUARD, EvaluationSettings, check_labels, image_seed
 from sd_guard.screening.loading import first_line, load_pipeline
 from sd_guard.screening.prompts import PromptRow, read_prompts
 from sd_guard.screening.records import SHARDS_FOLDER, write_atomic
@@ -52,8 +52,6 @@ def plan_evaluation(settings: EvaluationSettings) -> EvaluationPlan:
     rows = read_prompts(settings.prompts)
     check_labels(settings.prompts, rows)
     with_guard, statistics, seed_statistics = _statistics(settings)
-    from sd_guard.evaluation.collect import image_seed
-
     for index, row in enumerate(rows):
         image_seed(row, index, settings.seeds - 1)
     own = [GUARD] if with_guard else []

@@ -8,12 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from sd_guard.screening.prompts import PromptRow
+from sd_guard.screening.prompts import MAX_SEED, PromptRow
 from sd_guard.screening.settings import ModelSettings, RunSettings
 
 Kind: TypeAlias = Literal["verbatim", "template", "memorized", "plain", "novel"]
 
 GUARD: Final = "guard"  # the guard's own score, as one more statistic
+SEED_STRIDE: Final = 1_000_000  # torch's CPU generator reads the low 32 bits of a seed: a stride of 2^32 repeats images
 DEFAULT_SHARES: Final = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.4, 1.0)
 MEMORIZED: Final[tuple[Kind, ...]] = ("verbatim", "template", "memorized")
 OTHER: Final[tuple[Kind, ...]] = ("plain", "novel")
@@ -80,6 +81,18 @@ class EvaluationSettings:
         """What decides the measurements: a resumed evaluation must have the same."""
         shares = [float(share) for share in self.observe_at]
         return {**self.run.configuration(), "statistics": list(statistics), "observe_at": shares}
+
+
+def image_seed(row: PromptRow, index: int, number: int) -> int:
+    """Seed of image `number` of the prompt at `index`: its own seed or else `index`, plus `number` SEED_STRIDE.
+
+    Raises:
+        ValueError: It would leave [0, 2^63).
+    """
+    seed = (index if row.seed is None else row.seed) + number * SEED_STRIDE
+    if seed > MAX_SEED:
+        raise ValueError(f"seed {row.seed} of prompt {index} is too large for {number + 1} images; use a smaller one")
+    return seed
 
 
 def kind_of(family: str) -> Kind | None:

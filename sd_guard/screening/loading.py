@@ -17,9 +17,10 @@ def load_pipeline(settings: ModelSettings) -> GuardedStableDiffusionPipeline:
     """Loads the model, with the guard enabled as the settings say; safetensors only.
 
     Raises:
-        ValueError: In one line, if the device is not there, or the model or the calibration cannot be loaded.
+        ValueError: In one line, if the device is not there, the model or the calibration cannot be loaded, or the
+            model cannot be guarded.
     """
-    _silence()
+    silence()
     import torch
 
     from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
@@ -37,11 +38,14 @@ def load_pipeline(settings: ModelSettings) -> GuardedStableDiffusionPipeline:
             use_safetensors=True,
             local_files_only=settings.is_local,
         )
-    except Exception as error:  # whatever the host's loaders raise
+        pipe.to(device)
+    except Exception as error:  # whatever the host's loaders raise, or out of memory
         raise ValueError(f"{settings.model}: cannot be loaded ({first_line(error)})") from error
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    pipe.enable_guard(**guard)
+    try:
+        pipe.enable_guard(**guard)
+    except TypeError as error:
+        raise ValueError(f"{settings.model}: cannot be guarded ({first_line(error)})") from error
     return pipe
 
 
@@ -69,7 +73,7 @@ def first_line(error: BaseException, *, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def _silence() -> None:
+def silence() -> None:
     """Keeps the libraries' warnings, logs (which repeat prompts) and progress bars off the terminal."""
     warnings.simplefilter("ignore")
     logging.getLogger("sd_guard").setLevel(logging.ERROR)

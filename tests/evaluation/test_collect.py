@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import EVERYBODY, CountLanes, watching
 
-from sd_guard.evaluation.collect import MAX_SEED, SCHEMA, collect, image_seed
+from sd_guard.evaluation.collect import SCHEMA, collect
+from sd_guard.evaluation.settings import image_seed
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.pipelines.trajectory import denoiser_of, walk
-from sd_guard.screening.prompts import PromptRow
+from sd_guard.screening.prompts import MAX_SEED, PromptRow
 
 ROWS = [PromptRow("a cat", "novel"), PromptRow("a red dog", "verbatim", 7), PromptRow("blue", "plain")]
 SETTINGS = {"steps": 5, "guidance_scale": 4.0, "observe_at": (0.0, 0.4), "progress": False}
