@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -17,8 +18,9 @@ class Fingerprint:
     """One configuration.
 
     Attributes:
-        model: digest of the UNet's configuration, part of its weights, and the names of active adapters.
-        scheduler: class and digest of its configuration.
+        model: digest of the UNet's configuration, part of its weights, and the names of active adapters; and the size
+            of the latents, where it is not the UNet's own.
+        scheduler: class and digest of its configuration; `eta` and a digest of the caller's own schedule, where used.
         steps: number of UNet steps.
         guidance: guidance scale, and `rescale` where used.
         dtype: of the UNet.
@@ -41,17 +43,48 @@ class Fingerprint:
         return [f"{name}: {own}, not {its}" for name, own, its in pairs if own != its]
 
 
-def take_fingerprint(pipe: Any, *, steps: int, guidance_scale: float, guidance_rescale: float = 0.0) -> Fingerprint:
-    """The fingerprint of a pipeline's call."""
-    scheduler = {key: value for key, value in dict(pipe.scheduler.config).items() if not key.startswith("_")}
-    guidance = f"{guidance_scale:g}" + (f" rescale {guidance_rescale:g}" if guidance_rescale else "")
+def take_fingerprint(
+    pipe: Any,
+    *,
+    steps: int,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
+    eta: float = 0.0,
+    schedule: Sequence[float] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Fingerprint:
+    """The fingerprint of a pipeline's call.
+
+    Args:
+        pipe: the pipeline.
+        steps: UNet steps.
+        guidance_scale: as of the call.
+        guidance_rescale: likewise.
+        eta: likewise.
+        schedule: `timesteps` or `sigmas` of the call, where the caller gave them.
+        height: of the image, in pixels; None for the model's own.
+        width: likewise.
+    """
+    config = {key: value for key, value in dict(pipe.scheduler.config).items() if not key.startswith("_")}
+    scheduler = f"{type(pipe.scheduler).__name__} {_digest(config)}" + (f" eta {eta:g}" if eta else "")
+    if schedule is not None:
+        scheduler += f" schedule {_digest([float(place) for place in schedule])}"
     return Fingerprint(
-        model=_model_digest(pipe.unet),
-        scheduler=f"{type(pipe.scheduler).__name__} {_digest(scheduler)}",
+        model=_model_digest(pipe.unet) + _other_size(pipe, height, width),
+        scheduler=scheduler,
         steps=steps,
-        guidance=guidance,
+        guidance=f"{guidance_scale:g}" + (f" rescale {guidance_rescale:g}" if guidance_rescale else ""),
         dtype=str(pipe.unet.dtype).removeprefix("torch."),
     )
+
+
+def _other_size(pipe: Any, height: int | None, width: int | None) -> str:
+    """In latent pixels; empty for the model's own, however it was asked for."""
+    size, factor = pipe.unet.config.sample_size, pipe.vae_scale_factor
+    own = (size, size) if isinstance(size, int) else tuple(size)
+    asked = (own[0] if height is None else height // factor, own[1] if width is None else width // factor)
+    return "" if asked == own else f" at {asked[0]} x {asked[1]}"
 
 
 def _model_digest(unet: Any) -> str:

@@ -203,7 +203,8 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         custom = next((arguments[name] for name in ("timesteps", "sigmas") if arguments[name] is not None), None)
         steps = len(custom) if custom is not None else arguments["num_inference_steps"]
         guidance = {name: arguments[name] for name in ("guidance_scale", "guidance_rescale")}
-        fingerprint = take_fingerprint(self, steps=steps, **guidance)
+        size = _size_of(arguments, self.vae_scale_factor)
+        fingerprint = take_fingerprint(self, steps=steps, eta=arguments["eta"], schedule=custom, **size, **guidance)
         if self._calibration is not None:
             self._calibration.check(fingerprint)
         guided = guidance["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
@@ -298,6 +299,14 @@ def _prompts_of(arguments: dict[str, Any]) -> list[str] | None:
         return None
     prompts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
+
+
+def _size_of(arguments: dict[str, Any], factor: int) -> dict[str, int | None]:
+    """Height and width of the images in pixels, None where they are the model's own; latents that are given decide."""
+    latents: Tensor | None = arguments["latents"]
+    if latents is None:
+        return {name: arguments[name] for name in ("height", "width")}
+    return dict(zip(("height", "width"), (factor * side for side in latents.shape[-2:]), strict=True))
 
 
 def _is_empty(negative_prompt: str | list[str] | None) -> bool:

@@ -130,7 +130,9 @@ def calibrate(plan: CalibrationPlan, load: Callable[[ModelSettings], Pipeline]) 
     pipe = load(model)
     guard = pipe.guard
     records = _score_missing(pipe, plan)
-    fingerprint = take_fingerprint(pipe, steps=model.steps, guidance_scale=model.guidance_scale)
+    fingerprint = take_fingerprint(
+        pipe, steps=model.steps, guidance_scale=model.guidance_scale, height=model.height, width=model.width
+    )
     calibrator = Calibrator(guard, fingerprint, settings.false_positive_rate, settings.seeds)
     calibrator.update(records[: plan.benign])
     calibrator.update(records[plan.benign :], memorized=True)

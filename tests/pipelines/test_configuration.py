@@ -105,6 +105,15 @@ def test_calibration_of_another_configuration(guarded: Any) -> None:
         latents_of(pipe, num_inference_steps=5)
     with pytest.raises(ValueError, match=r"guidance: 7\.5, not 3"):
         latents_of(pipe, guidance_scale=3.0)
+    with pytest.raises(ValueError, match=r"model: .* at 8 x 6"):
+        latents_of(pipe, width=12)
+    with pytest.raises(ValueError, match=r"model: .* at 10 x 8"):
+        latents_of(pipe, latents=torch.zeros(3, 4, 10, 8))
+    with pytest.raises(ValueError, match=r"scheduler: .* schedule "):
+        latents_of(pipe, timesteps=[900, 700, 500, 300, 200, 100])
+    with pytest.raises(ValueError, match=r"scheduler: .* eta 1"):
+        latents_of(pipe, eta=1.0)
+    assert latents_of(pipe, height=16, width=16)[0].records  # the model's own size, said
     pipe.enable_guard(budget=0)  # keeps the settings in force, and with them what they hold for
     with pytest.raises(ValueError, match=r"steps: 6, not 5"):
         latents_of(pipe, num_inference_steps=5)
