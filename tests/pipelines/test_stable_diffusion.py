@@ -136,7 +136,7 @@ def test_one_step(plain: Any, guarded: Any) -> None:
     assert [record.decided_at_step for record in watched.records] == [0, 0, 0]
     tried, _ = latents_of(guarded(watching(-math.inf, doubt=EVERYBODY), budget=10), num_inference_steps=1)
     assert [len(record.attempts) for record in tried.records] == [1] * 3
-    assert [record.attempts[0].score for record in tried.records] == pytest.approx([0.0] * 3, abs=1e-5)
+    assert [record.attempts[0].score for record in tried.records] == pytest.approx([math.log(0.01)] * 3)
 
 
 def test_no_prompt_at_all(plain: Any, guarded: Any) -> None:
