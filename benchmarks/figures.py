@@ -136,8 +136,8 @@ def figures() -> str:
             "prompts. n is the number of images a decision.",
             detection_table(detection),
             f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
-            "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the mean "
-            f"of 200 random halves: {conformal(load('conformal'))}.",
+            "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
+            f"mean of 200 random halves: {conformal(load('conformal'))}.",
             "*A second checkpoint, never seen before* (v-prediction, linear betas, another world; `benchmarks/"
             "reference/train.py`, not bundled), same default:",
             detection_table(unseen),
