@@ -61,7 +61,7 @@ def test_guidance_cut_off(plain: Any, guarded: Any, cutoff: int, several: bool) 
     # Steps 1 and 3 are observed: where the sampler has no control lane any more, the guard pays for it.
     assert record.extra_lanes == 2 + (cutoff < 1) + (cutoff < 3)
     rescued, _ = latents_of(
-        guarded(watching(record.score / 2, doubt=EVERYBODY), budget=50), **(call | {"generator": seeded(1)})
+        guarded(watching(record.score - 0.1, doubt=EVERYBODY), budget=50), **(call | {"generator": seeded(1)})
     )
     assert rescued.records[0].outcome == "rescued"
     assert torch.isfinite(rescued.images).all()

@@ -88,12 +88,12 @@ def test_escalates_until_it_passes(guarded: Any) -> None:
     """The first change that passes is taken, and what comes after it is not tried."""
     pipe = guarded(watching())
     scores = [record.score for record in call(pipe).records]
-    pipe.enable_guard(watching(min(scores) / 2, (Identity(), Forget(), Identity()), probes=0), budget=1000)
+    pipe.enable_guard(watching(min(scores) - 0.1, (Identity(), Forget(), Identity()), probes=0), budget=1000)
     output = call(pipe)
     for record in output.records:
         assert [(a.mitigation, a.passed) for a in record.attempts] == [("identity", False), ("forget", True)]
         assert record.attempts[-1].prompt == ""
-        assert record.attempts[-1].score < min(scores) / 2 < record.score
+        assert record.attempts[-1].score < min(scores) - 0.1 < record.score
         assert record.outcome == "rescued"
 
 
@@ -115,7 +115,7 @@ def test_images_pass_in_different_rounds(guarded: Any) -> None:
     alone = {}
     for row, prompt in enumerate(PROMPTS):
         pipe.enable_guard(
-            watching(min(scores) / 2, (ForgetOne(PROMPTS[2]), ForgetOne(PROMPTS[0]), Forget())), budget=1000
+            watching(min(scores) - 0.1, (ForgetOne(PROMPTS[2]), ForgetOne(PROMPTS[0]), Forget())), budget=1000
         )
         alone[row] = call(pipe, prompt=[prompt], generator=seeded(row + 1)).images[0]
     output = call(pipe)
