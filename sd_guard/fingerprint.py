@@ -7,10 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-_SAMPLED_WEIGHTS = 4096  # entries of the output convolution that stand for the weights
+_SAMPLED_ENTRIES = 16  # of each weight, evenly spaced: a fine-tune or a fused adapter changes some of them
+_weights: WeakKeyDictionary[Any, tuple[Any, str]] = (
+    WeakKeyDictionary()
+)  # module -> what its digest was taken of, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +22,8 @@ class Fingerprint:
     """One configuration.
 
     Attributes:
-        model: digest of the UNet's configuration, part of its weights, and the names of active adapters; and the size
-            of the latents, where it is not the UNet's own.
+        model: digest of the UNet's configuration, entries of all weights of UNet and text encoder, and the names of
+            active adapters; and the size of the latents, where it is not the UNet's own.
         scheduler: class and digest of its configuration; `eta` and a digest of the caller's own schedule, where used.
         steps: number of UNet steps.
         guidance: guidance scale, and `rescale` where used.
@@ -71,7 +75,7 @@ def take_fingerprint(
     if schedule is not None:
         scheduler += f" schedule {_digest([float(place) for place in schedule])}"
     return Fingerprint(
-        model=_model_digest(pipe.unet) + _other_size(pipe, height, width),
+        model=_model_digest(pipe.unet, pipe.text_encoder) + _other_size(pipe, height, width),
         scheduler=scheduler,
         steps=steps,
         guidance=f"{guidance_scale:g}" + (f" rescale {guidance_rescale:g}" if guidance_rescale else ""),
@@ -87,19 +91,28 @@ def _other_size(pipe: Any, height: int | None, width: int | None) -> str:
     return "" if asked == own else f" at {asked[0]} x {asked[1]}"
 
 
-def _model_digest(unet: Any) -> str:
+def _model_digest(unet: Any, text_encoder: Any) -> str:
     config = {key: value for key, value in dict(unet.config).items() if not key.startswith("_")}
     adapters = sorted(unet.active_adapters()) if getattr(unet, "peft_config", None) else []
-    weight = unet.conv_out.weight if hasattr(unet, "conv_out") else None
-    return _digest({"config": config, "adapters": adapters, "weights": _weights_digest(weight)})
+    weights = [_weights_digest(module) for module in (unet, text_encoder) if isinstance(module, torch.nn.Module)]
+    return _digest({"config": config, "adapters": adapters, "weights": weights})
 
 
-def _weights_digest(weight: torch.Tensor | None) -> str:
-    """Of the first entries in float16, so that the same weights loaded in another dtype give the same digest."""
-    if weight is None or weight.device.type == "meta":  # sequential offload keeps no weights at hand
-        return "unread"
-    sample = weight.detach().flatten()[:_SAMPLED_WEIGHTS].to("cpu", torch.float16)
-    return hashlib.sha256(sample.contiguous().numpy().tobytes()).hexdigest()[:16]
+def _weights_digest(module: torch.nn.Module) -> str:
+    """Of entries in float16, so that weights stored in half precision give one digest in float16 and float32.
+
+    Kept until a weight is moved or written to: reading hundreds of tensors costs more than a sampling step should.
+    """
+    parameters = list(module.parameters())
+    if any(weight.device.type == "meta" for weight in parameters):
+        return "unread"  # sequential offload keeps no weights at hand
+    state = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in parameters)
+    known = _weights.get(module)
+    if known is None or known[0] != state:
+        entries = [w.detach().flatten()[:: max(1, w.numel() // _SAMPLED_ENTRIES)].to(torch.float16) for w in parameters]
+        sample = torch.cat(entries).cpu() if entries else torch.empty(0, dtype=torch.float16)
+        _weights[module] = known = (state, hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16])
+    return known[1]
 
 
 def _digest(value: Any) -> str:

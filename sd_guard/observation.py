@@ -110,7 +110,7 @@ def probe(
     probes: int,
     seeds: Sequence[int],
 ) -> Observation:
-    """Adds the trajectory LID of some images, with their prompt and without, by one UNet call.
+    """Adds the trajectory LID of some images, with their prompt and without, by UNet calls of at most the guided shape.
 
     Args:
         seen: the free statistics of `call`.
@@ -124,13 +124,19 @@ def probe(
     device, images, own = call.x.device, call.x.shape[0], [seeds[row] for row in rows]
     v = torch.cat([draw_row_probes(own, call.x.shape[1:], call.step, device, k) for k in range(probes)])
     index = torch.tensor(list(rows), device=device).repeat(probes)
-    moved = perturb(call.x[index], v, FiniteDifference().step_for(call.x.dtype))
-    point = torch.cat([moved.point] * 2)
-    output = evaluate_lanes(unet, point, call.timestep, call.lanes.select(torch.cat([index, index + images])))
-    e_hat = interpret(output, point, call.level, prediction_type).e_hat
-    with_prompt, without = _predictions(call, prediction_type)
-    base = torch.cat([without.e_hat[index], with_prompt.e_hat[index]])
-    trace = probe_products(torch.cat([v] * 2), e_hat, base, torch.cat([moved.step] * 2)).total
+    predictions = _predictions(call, prediction_type)
+
+    def traces(v: Tensor, index: Tensor) -> Tensor:
+        """(2, N) of N probes: without the prompt, and with it."""
+        moved = perturb(call.x[index], v, FiniteDifference().step_for(call.x.dtype))
+        point = torch.cat([moved.point] * 2)
+        output = evaluate_lanes(unet, point, call.timestep, call.lanes.select(torch.cat([index, index + images])))
+        e_hat = interpret(output, point, call.level, prediction_type).e_hat
+        with_prompt, without = predictions
+        base = torch.cat([without.e_hat[index], with_prompt.e_hat[index]])
+        return probe_products(torch.cat([v] * 2), e_hat, base, torch.cat([moved.step] * 2)).total.reshape(2, -1)
+
+    trace = torch.cat([traces(*part) for part in zip(v.split(images), index.split(images), strict=True)], dim=1)
     lid = trajectory_lid(seen.dimension, call.level.s, trace).reshape(2, probes, len(rows)).mean(1)
     values = dict(seen.values)
     for name, value in zip(("trajectory_lid_control", "trajectory_lid"), lid, strict=True):

@@ -30,6 +30,7 @@ from sd_guard.settings import guard_from_json, guard_to_json
 logger = logging.get_logger(__name__)
 
 GUARD_FILE = "guard.json"
+CALIBRATION_FILE = "guard_calibration.json"  # beside it, where the guard's threshold comes from one
 _TOKENIZER = Lock()
 _SESSION: ContextVar[Session | None] = ContextVar("sd_guard_session", default=None)
 _HOST_SIGNATURE = inspect.signature(StableDiffusionPipeline.__call__)
@@ -80,6 +81,11 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         """The settings in force; None with the guard off."""
         return self._guard
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """Where the guard's threshold comes from; None without one."""
+        return self._calibration
+
     def enable_guard(
         self,
         guard: Guard | None = None,
@@ -121,6 +127,8 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         settings = Path(pretrained_model_name_or_path) / GUARD_FILE
         if settings.is_file():
             pipe._guard = guard_from_json(settings.read_text(encoding="utf-8"))
+            calibration = settings.with_name(CALIBRATION_FILE)
+            pipe._calibration = Calibration.load(calibration) if calibration.is_file() else None
         return pipe
 
     @classmethod
@@ -142,11 +150,12 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         index = Path(save_directory) / self.config_name
         content = json.loads(index.read_text(encoding="utf-8")) | {"_class_name": StableDiffusionPipeline.__name__}
         index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        settings = Path(save_directory) / GUARD_FILE
+        for name in (GUARD_FILE, CALIBRATION_FILE):
+            (Path(save_directory) / name).unlink(missing_ok=True)  # an earlier save's
         if self._guard is not None:
-            settings.write_text(guard_to_json(self._guard), encoding="utf-8")
-        else:
-            settings.unlink(missing_ok=True)  # an earlier save's
+            (Path(save_directory) / GUARD_FILE).write_text(guard_to_json(self._guard), encoding="utf-8")
+        if self._calibration is not None:
+            self._calibration.save(Path(save_directory) / CALIBRATION_FILE)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As of the host; one thread at a time: a fast tokenizer keeps its padding as state that threads share."""

@@ -146,7 +146,7 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
     """One batch, scored and no more: sampling ends after the deciding step, nothing is mitigated or decoded.
 
     Args:
-        pipe: A guarded pipeline; its guard is put back afterwards, but no calibration that came with it.
+        pipe: A guarded pipeline; its guard is put back afterwards.
         prompts: B prompts.
         seeds: Of their images' own generators.
         arguments: Further ones of the pipeline's call, such as `num_inference_steps`.
@@ -158,7 +158,7 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
 
     from sd_guard.policy import Policy
 
-    guard = pipe.guard
+    guard, calibration = pipe.guard, getattr(pipe, "calibration", None)
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = step >= guard.steps(len(pipe.scheduler.timesteps))[-1]  # the host's own way to end early
@@ -174,7 +174,7 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
             **arguments,
         )
     finally:
-        pipe.enable_guard(guard)
+        pipe.enable_guard(guard, calibration=calibration)
     return output.records
 
 

@@ -171,3 +171,36 @@ def test_edm_scheduler(parts: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"EDMEulerScheduler .*preconditioning") as caught:
         latents_of(pipe)
     one_line(caught.value)
+
+
+def test_another_model_has_another_fingerprint(own_parts: dict[str, Any]) -> None:
+    """Whichever weight was changed, of UNet or text encoder; and the same one again once it is changed back."""
+    pipe = build(GuardedStableDiffusionPipeline, own_parts)
+    take = lambda: take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5).model  # noqa: E731
+    own = take()
+    assert take() == own
+    for module, name in ((pipe.unet, "attn2.to_v"), (pipe.unet, "conv_in"), (pipe.text_encoder, "q_proj")):
+        weight = next(w for key, w in module.named_parameters() if name in key)
+        with torch.no_grad():
+            weight.mul_(1.5)
+            assert take() != own
+            weight.div_(1.5)
+        assert take() == own
+    assert take_fingerprint(pipe.to(torch.float16), steps=STEPS, guidance_scale=7.5).model == own
+
+
+def test_a_calibration_is_saved_with_the_guard(guarded: Any, tmp_path: Any) -> None:
+    """Else its threshold would be taken up in any configuration."""
+    pipe = guarded(Guard(observe_at=(0.2, 0.5)))
+    fingerprint = take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5)
+    scoring = scoring_of(pipe.guard.detector)
+    pipe.enable_guard(calibration=Calibration(fingerprint, 0.1, 20, (0.2, 0.5), 1, {3: 0.75}, scoring, (0.5,)))
+    pipe.save_pretrained(tmp_path)
+    loaded = GuardedStableDiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert (loaded.guard, loaded.calibration) == (pipe.guard, pipe.calibration)
+    with pytest.raises(ValueError, match=r"steps: 6, not 5"):
+        latents_of(loaded, num_inference_steps=5)
+    pipe.enable_guard(Guard())
+    pipe.save_pretrained(tmp_path)
+    assert GuardedStableDiffusionPipeline.from_pretrained(tmp_path).calibration is None
