@@ -35,7 +35,7 @@ def cell(row: dict[str, Any]) -> str:
 
 def detection_table(result: dict[str, Any]) -> str:
     """The guard first, then each statistic, the best on verbatim prompts first; each at its own best step."""
-    asked = [f"{kind} / novel + plain, n = {n}" for kind in ("verbatim", "template") for n in (1, 4)]
+    asked = [f"{kind} / novel + plain, {n}" for kind in ("verbatim", "template") for n in ("1 image", "4 images")]
     columns = [{row["statistic"]: row for row in result["best_steps"][question]} for question in asked]
     merits: dict[str, float] = {}
     for column in columns:
