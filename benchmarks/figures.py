@@ -63,6 +63,16 @@ def conformal(result: dict[str, Any]) -> str:
     )
 
 
+def above(result: dict[str, Any]) -> str:
+    """Statistics that do better than the guard, at some step."""
+    found: list[str] = []
+    for kind in ("verbatim", "template"):
+        rows = {row["statistic"]: row for row in result["best_steps"][f"{kind} / novel + plain, 1 image"]}
+        best = rows["guard"]["auroc"]
+        found += [f"{name} at step {r['step']} ({kind})" for name, r in rows.items() if r["auroc"] > best]
+    return ", ".join(found) or "none"
+
+
 def sweep_table(*results: dict[str, Any]) -> str:
     """The guard across settings, on each checkpoint: AUROC and shares flagged."""
     rows: list[tuple[Any, ...]] = []
@@ -135,19 +145,23 @@ def figures() -> str:
             "at its own step by one fixed rule; every other statistic is shown at its best step, chosen on these very "
             "prompts. n is the number of images a decision.",
             detection_table(detection),
+            f"With a higher AUROC than the guard on one image: {above(detection)}. "
             f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
             "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
             f"mean of 200 random halves: {conformal(load('conformal'))}.",
             "*A second checkpoint, never seen before* (v-prediction, linear betas, another world; `benchmarks/"
             "reference/train.py`, not bundled), same default:",
             detection_table(unseen),
-            f"Flagged there: {flagged(unseen)}.",
+            f"With a higher AUROC than the guard: {above(unseen)}. Flagged: {flagged(unseen)}. Its templates are only "
+            f"partly memorized: {percent(load('reference_unseen')['report']['template_reproduced'])} are reproduced, "
+            f"and {percent(load('reference_unseen')['report']['verbatim_reproduced'])} of the verbatim prompts.",
             "*Across settings*, one image a prompt, the default threshold throughout; second: that checkpoint.",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, three images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand:",
             mitigation_table(mitigation),
-            "The same on the second checkpoint:",
+            "These rows and seeds were seen once before: an earlier detector flagged 2.5 % of the novel images, and was "
+            "changed, on `tune` rows, for that. The same on the second checkpoint:",
             mitigation_table(other),
             f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed}.",
         )

@@ -1,5 +1,7 @@
-"""Guarded over unguarded time with nothing flagged: `python -m benchmarks.overhead`. Pairs in one run, each of other
-prompts."""
+"""Guarded over unguarded time with nothing flagged: `python -m benchmarks.overhead`.
+
+Pairs in one run, each of other prompts.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,8 @@ def main() -> None:
         pipe.set_progress_bar_config(disable=True)
         seeds = [torch.Generator().manual_seed(i) for i in range(batch)]
         started = time.perf_counter()
-        output = pipe(
-            prompts[pair * batch : (pair + 1) * batch], generator=seeds
-        )  # ends with images on the CPU, so the clock needs no event
+        output = pipe(prompts[pair * batch : (pair + 1) * batch], generator=seeds)
+        # It ended with images on the CPU, so the clock needs no event.
         elapsed = time.perf_counter() - started
         records = getattr(output, "records", None) or []
         return elapsed, float(np.mean([record.extra_lanes for record in records])) if records else 0.0
