@@ -128,9 +128,9 @@ def figures() -> str:
     names = ("reference", "detection", "detection_unseen", "mitigation", "mitigation_unseen", "overhead")
     truth, detection, unseen, mitigation, other, overhead = (load(name) for name in names)
     report, place = truth["report"], detection["provenance"]
-    speed = ", ".join(
+    speed = "; ".join(
         f"{line['ratio_median']:.3f} ({line['ratio_quartiles'][0]:.3f} to {line['ratio_quartiles'][1]:.3f}) "
-        f"at batch {line['batch']}"
+        f"at batch {line['batch']}, {line['extra_lanes_an_image']:g} extra lanes an image"
         for line in overhead["batches"]
     )
     return "\n\n".join(
@@ -160,8 +160,8 @@ def figures() -> str:
             "*Mitigation*, the default plan, three images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand:",
             mitigation_table(mitigation),
-            "These rows and seeds were seen once before: an earlier detector flagged 2.5 % of the novel images, and was "
-            "changed, on `tune` rows, for that. The same on the second checkpoint:",
+            "These rows and seeds were seen once before: an earlier detector flagged 2.5 % of the novel images, and "
+            "was changed, on `tune` rows, for that. The same on the second checkpoint:",
             mitigation_table(other),
             f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed}.",
         )
