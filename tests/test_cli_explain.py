@@ -69,7 +69,7 @@ def test_bad_arguments_are_one_line_before_a_model_is_loaded(folder, capsys, mon
 def test_a_missing_extra_is_named(folder, capsys, monkeypatch):
     monkeypatch.setattr(explaining, "find_spec", lambda name: None if name == "captum" else name)
     assert run("a", "--out", "x.png") == 2
-    assert "captum is not installed; pip install 'sd-guard[explain]'" in capsys.readouterr().err
+    assert "captum not installed; pip install 'sd-guard[explain]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"matplotlib; pip install 'sd-guard\[explain\]'"):
         draw(explanation(), folder / "x.png")

@@ -121,7 +121,7 @@ def _check(prompt: str, out: Path, guidance_scale: float) -> None:
         raise ValueError(f"--guidance-scale is {guidance_scale}; use a number above 1, without it no lane is compared")
     missing = [name for name in ("captum", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} is not installed; pip install 'sd-guard[explain]'")
+        raise ValueError(f"{' and '.join(missing)} not installed; pip install 'sd-guard[explain]'")
 
 
 def look(pipe: Any, prompt: str, settings: ModelSettings, *, seed: int, method: MethodName) -> Explanation:
