@@ -150,7 +150,7 @@ def figures() -> str:
             "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
             f"mean of 200 random halves: {conformal(load('conformal'))}.",
             "*A second checkpoint, never seen before* (v-prediction, linear betas, another world; `benchmarks/"
-            "reference/train.py`, not bundled), same default:",
+            "reference/second`, in no wheel), same default:",
             detection_table(unseen),
             f"With a higher AUROC than the guard: {above(unseen)}. Flagged: {flagged(unseen)}. Its templates are only "
             f"partly memorized: {percent(load('reference_unseen')['report']['template_reproduced'])} are reproduced, "
