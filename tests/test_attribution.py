@@ -1,4 +1,4 @@
-"""Attribution: words by gradients and by ablation, places by the local LID, and what all of them leave alone."""
+"""Attribution: words by gradients and by ablation, and what all of them leave alone."""
 
 import copy
 import dataclasses
@@ -12,8 +12,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import example, given
 from hypothesis import strategies as st
-from oracles import GaussianSubspace, PointMass
-from PIL import Image
 from tiny import TOKENS, build, components, make_scheduler
 
 from sd_guard import attribution
@@ -31,13 +29,11 @@ from sd_guard.attribution import (
 from sd_guard.guard import Guard
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import NoiseLevel
-from sd_guard.observation import observe, probe
+from sd_guard.observation import observe
 from sd_guard.pipelines.trajectory import denoiser_of, walk
-from sd_guard.reference import checkpoint_path, load_truth, mask_path
+from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.statistics.base import Denoiser, StepCall
-from sd_guard.statistics.lid import estimate_trajectory_lid
 from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail
-from sd_guard.trace import FiniteDifference, Hutchinson, RowSeeds
 
 needs_captum = pytest.mark.skipif(find_spec("captum") is None, reason="needs captum: pip install 'sd-guard[explain]'")
 BY_CAPTUM = pytest.param(ablation, marks=needs_captum), pytest.param(integrated_gradients, marks=needs_captum)
@@ -380,70 +376,6 @@ def test_words_that_only_a_control_character_sets_apart_are_refused(pipe):
         words_of_tokens(pipe.tokenizer, "a\x1fb", TOKENS)
 
 
-def oracle_call(oracle, shape=(4, 4, 4), images=2):
-    unet = oracle.as_unet(ALPHAS, "epsilon")
-    x = oracle.noised(images, LEVEL, shape)
-    e_hat, lanes = oracle.predict_noise(x, LEVEL), Conditioning(torch.zeros(2 * images, 1, 1))
-    call = StepCall(5, torch.tensor(TIMESTEP), LEVEL, x, e_hat, e_hat, lanes)
-    return call, Denoiser(unet, "epsilon", ALPHAS, list(range(images)))
-
-
-def test_a_point_mass_is_pinned_everywhere():
-    found = pinned_map(*oracle_call(PointMass(torch.randn(64))), probes=2)
-    assert found.shape == (2, 4, 4)
-    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("variance", [0.1, 1.0, 10.0])
-def test_a_gaussian_is_as_open_as_its_variance_says(variance):
-    """An isotropic one of full rank, for which a single Rademacher probe is exact."""
-    found = pinned_map(*oracle_call(GaussianSubspace(64, 64, variance)), probes=1)
-    share = LEVEL.a**2 * variance / (LEVEL.s**2 + LEVEL.a**2 * variance)
-    torch.testing.assert_close(found, torch.full_like(found, share), rtol=1e-5, atol=1e-6)
-
-
-def test_the_map_says_which_half_is_pinned_and_the_mean_is_of_the_probes():
-    """Left: one picture. Right: a Gaussian whose neighbours lean on each other, so that probes differ."""
-    left = torch.zeros(4, 4, dtype=torch.float64)
-    left[:, 2:] = 0.5
-
-    def unet(sample, timestep, encoder_hidden_states, **_):
-        x0_hat = left * (sample + 0.3 * sample.roll(1, dims=1)) / LEVEL.a
-        return ((sample - LEVEL.a * x0_hat) / LEVEL.s,)
-
-    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    output = unet(x, None, None)[0]
-    call = StepCall(5, torch.tensor(TIMESTEP), LEVEL, x, output, output, Conditioning(torch.zeros(4, 1, 1)))
-    model = Denoiser(unet, "epsilon", ALPHAS, [1, 2])
-    one, many = (pinned_map(call, model, probes=probes) for probes in (1, 200))
-    torch.testing.assert_close(many[:, :, :2], torch.zeros_like(many[:, :, :2]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(many[:, :, 2:], torch.full_like(many[:, :, 2:], 0.5), rtol=0, atol=0.03)
-    assert (one[:, :, 2:] - 0.5).abs().max() > 0.05
-
-
-@pytest.mark.parametrize("lane", ["conditional", "control"])
-def test_the_map_sums_to_the_trajectory_lid_of_the_same_probes(pipe, lane):
-    """That of the estimator, and the one that the guard itself takes."""
-    seeds, probes = [3, 4], 3
-    call = list(walk(pipe, ["a cat", "a dog"], seeds, steps=4))[2]
-    model = denoiser_of(pipe, seeds)
-    total = call.x.shape[1] * pinned_map(call, model, probes=probes, lane=lane).sum((1, 2))
-    lid = estimate_trajectory_lid(
-        model.noise_function(call, lane),
-        call.x,
-        call.level,
-        FiniteDifference(),
-        Hutchinson(probes),
-        RowSeeds(seeds, call.step),
-        e_hat=model.read(call, lane).e_hat,
-    )
-    torch.testing.assert_close(total, lid.value, rtol=1e-4, atol=1e-3)
-    seen = observe(call, model.prediction_type)
-    seen = probe(seen, call, model.unet, model.prediction_type, [0, 1], probes=probes, seeds=seeds)
-    name = "trajectory_lid" if lane == "conditional" else "trajectory_lid_control"
-    torch.testing.assert_close(total, seen.values[name].to(total), rtol=1e-4, atol=1e-3)
-
-
 @pytest.fixture(scope="module")
 def reference():
     return StableDiffusionPipeline.from_pretrained(checkpoint_path(), local_files_only=True, use_safetensors=True)
@@ -464,14 +396,3 @@ def test_the_rare_word_of_a_memorized_caption_comes_first(reference, number):
     found = ablation(observed(reference, prompt), denoiser_of(reference, [0]), read_text(reference, prompt))
     assert found.words == tuple(words)
     assert int(np.argmax(found.scores)) in (len(words) - 2, len(words) - 1)  # "by <rare> <rare>"
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_a_template_is_pinned_where_its_picture_is_fixed(reference, number):
-    """As soon as the guard decides: correlation with the mask of known truth."""
-    rows = [row for row in load_truth() if (row["family"], row["split"]) == ("template", "tune")]
-    row = rows[number]
-    call = observed(reference, row["prompt"])[-1]
-    found = pinned_map(call, denoiser_of(reference, [0]), probes=16)[0]
-    fixed = Image.open(mask_path(row)).convert("L").resize((8, 8), Image.Resampling.BOX)
-    assert np.corrcoef(found.flatten().numpy(), np.asarray(fixed, dtype=float).flatten())[0, 1] < -0.5
