@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -241,6 +242,22 @@ def test_scheduler_of_a_subclass(plain: Any, guarded: Any) -> None:
     expected, _ = latents_of(plain(Mine.from_config(make_scheduler("ddim").config)))
     watched, _ = latents_of(guarded(watching(doubt=EVERYBODY), Mine.from_config(make_scheduler("ddim").config)))
     assert torch.equal(watched.images, expected.images)
+
+
+def test_weights_that_are_only_there_while_they_are_used(own_parts: dict[str, Any]) -> None:
+    """As sequential offload leaves them, by the same hooks; probes and resumed trajectories call the UNet too."""
+    expected = latents_of(build(GuardedStableDiffusionPipeline, own_parts))[0].images
+    pipe = build(GuardedStableDiffusionPipeline, own_parts)
+    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+        accelerate.cpu_offload(module, execution_device="cpu", offload_buffers=True)
+    assert next(pipe.unet.parameters()).device.type == "meta"
+    pipe.enable_guard(watching(doubt=EVERYBODY))
+    output = latents_of(pipe)[0]
+    assert torch.equal(output.images, expected)
+    assert all(record.extra_lanes > 0 for record in output.records)
+    pipe.enable_guard(watching(-math.inf, doubt=EVERYBODY))
+    flagged, _ = latents_of(pipe)
+    assert [record.attempts[0].mitigation for record in flagged.records] == ["forget"] * 3
 
 
 @pytest.mark.gpu
