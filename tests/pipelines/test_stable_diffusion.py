@@ -260,13 +260,19 @@ def test_weights_that_are_only_there_while_they_are_used(own_parts: dict[str, An
     assert [record.attempts[0].mitigation for record in flagged.records] == ["forget"] * 3
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offload(offload: str) -> None:
+@pytest.mark.parametrize(
+    ("offload", "device"),
+    [
+        ("enable_model_cpu_offload", "cpu"),
+        pytest.param("enable_model_cpu_offload", "cuda", marks=pytest.mark.gpu),
+        pytest.param("enable_sequential_cpu_offload", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_offload(offload: str, device: str) -> None:
     outputs = []
     for cls in (StableDiffusionPipeline, GuardedStableDiffusionPipeline):
         pipe = build(cls, components())
-        getattr(pipe, offload)()
+        getattr(pipe, offload)(device=device)
         if cls is GuardedStableDiffusionPipeline:
             pipe.enable_guard(watching(doubt=EVERYBODY))
         outputs.append(latents_of(pipe)[0])
