@@ -8,9 +8,10 @@ import typer
 from typer.exceptions import TyperException
 
 from sd_guard.cli.explaining import explain
-from sd_guard.cli.generating import generate, report, screen_prompts
+from sd_guard.cli.generating import generate, screen_prompts
 from sd_guard.cli.measuring import calibrate_model, evaluate_statistics, lid, pull_prompts
 from sd_guard.cli.options import BAD_ARGUMENTS, INTERRUPTED
+from sd_guard.cli.reporting import report
 
 app = typer.Typer(
     help="Flags, mitigates and verifies memorized generations of latent diffusion models.",

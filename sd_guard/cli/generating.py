@@ -1,4 +1,4 @@
-"""Commands that make images: screen, generate, report."""
+"""Commands that make images: screen, generate."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from sd_guard.cli.options import (
     interruptible,
     one_line,
 )
+from sd_guard.cli.reporting import write_page
 from sd_guard.screening.settings import ModelSettings, RunSettings, check_seed
 
 
@@ -88,7 +89,7 @@ def screen_prompts(
         typer.echo(summary_table(rows))
         if calibration is not None and (warning := drift_warning(rows, calibration)) is not None:
             typer.echo(f"warning: {warning}", err=True)
-        _write_report(out)
+        write_page(out)
     reasons = Counter((row["reason"] or "no reason").split(":")[0] for row in rows if row["outcome"] == "unscored")
     if reasons:
         causes = ", ".join(f"{reason} x {times}" for reason, times in reasons.most_common(3))
@@ -152,18 +153,3 @@ def generate(
     typer.echo(f"{line}; {out}")
     if row["outcome"] == "unscored":  # not a pass, though the image is kept
         raise typer.Exit(FAILED)
-
-
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html anew.
-
-    The run may be unfinished.
-    """
-    with one_line(FAILED):
-        _write_report(run)
-
-
-def _write_report(run: Path) -> None:
-    from sd_guard.report.page import write_report
-
-    typer.echo(f"report: {write_report(run)}")
