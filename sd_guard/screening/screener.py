@@ -1,0 +1,191 @@
+"""What a batch of jobs becomes: rows, and images where the depth makes any.
+
+A screener says nothing of files, batches that fail, or processes: that is the engine's work (`runner.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from sd_guard.screening.jobs import Job
+from sd_guard.screening.records import Row, record_row
+from sd_guard.screening.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sd_guard.guard import GuardRecord
+
+IMAGES_FOLDER: Final = "images"
+
+
+class Output(Protocol):
+    """What a pipeline returns: one image and, with the guard enabled, one record a prompt."""
+
+    @property
+    def images(self) -> list[Image]:
+        """In the order of the prompts."""
+        ...
+
+    @property
+    def records(self) -> list[GuardRecord] | None:
+        """As `images`."""
+        ...
+
+
+class Pipeline(Protocol):
+    """What screening needs of a `GuardedStableDiffusionPipeline`."""
+
+    @property
+    def guard(self) -> Any:
+        """The `Guard` in force; None with the guard off."""
+
+    def enable_guard(
+        self, guard: Any = None, *, calibration: Any = None, on_failure: Any = None, budget: int | None = None
+    ) -> Any:
+        """Turns the guard on."""
+
+    def disable_guard(self) -> Any:
+        """Turns the guard off."""
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Generates images: an `Output`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Screened:
+    """One batch, screened.
+
+    Attributes:
+        rows: One a job, in their order; their image paths are keys of `images`.
+        images: Still to be written: path of the PNG, relative to the run folder, to the image.
+    """
+
+    rows: list[Row]
+    images: Mapping[str, Image] = field(default_factory=dict["str", "Image"])
+
+
+class Screener(Protocol):
+    """Screens batches; a job's row depends on its prompt, its seed and how the screener was made, on no other job."""
+
+    @property
+    def threshold(self) -> float | None:
+        """Scores above it are flagged; None if there is no such line."""
+        ...
+
+    def screen(self, jobs: Sequence[Job]) -> Screened:
+        """One row a job, in their order; may raise whatever the model raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FullScreener:
+    """Guarded generation: every job gets an image, unless it is blocked.
+
+    Attributes:
+        pipe: Guard enabled.
+        model: The sampling.
+        keep_before: Also make the unguarded image of every flagged one.
+    """
+
+    pipe: Pipeline
+    model: ModelSettings
+    keep_before: bool = False
+
+    @property
+    def threshold(self) -> float | None:
+        """The detector's."""
+        return getattr(self.pipe.guard.detector, "threshold", None)
+
+    def screen(self, jobs: Sequence[Job]) -> Screened:
+        """One call of the pipeline, and with `keep_before` another for the flagged."""
+        output: Output = generate(self.pipe, jobs, self.model)
+        if output.records is None or not len(output.records) == len(output.images) == len(jobs):
+            raise RuntimeError("the pipeline did not return one image and one record a prompt")
+        flagged = [job for job, record in zip(jobs, output.records, strict=True) if record.verdict == "flag"]
+        unguarded = self._unguarded(flagged) if self.keep_before and flagged else {}
+        images: dict[str, Image] = {}
+        rows: list[Row] = []
+        for job, record, image in zip(jobs, output.records, output.images, strict=True):
+            row = record_row(record, prompt=job.prompt, family=job.family, seed=job.seed, index=job.index)
+            name = f"{IMAGES_FOLDER}/{job.index:06d}-{job.seed}"
+            if row["outcome"] != "blocked":
+                row["image"] = f"{name}.png"
+                images[row["image"]] = image
+            if job.index in unguarded:
+                row["image_before"] = f"{name}-before.png"
+                images[row["image_before"]] = unguarded[job.index]
+            elif self.keep_before:  # the guard changed nothing
+                row["image_before"] = row["image"]
+            rows.append(row)
+        return Screened(rows, images)
+
+    def _unguarded(self, jobs: Sequence[Job]) -> dict[int, Image]:
+        """The images of these jobs with the guard disabled, by their index."""
+        guard, calibration = self.pipe.guard, getattr(self.pipe, "calibration", None)
+        self.pipe.disable_guard()
+        try:
+            output: Output = generate(self.pipe, jobs, self.model)
+        finally:
+            self.pipe.enable_guard(guard, calibration=calibration)
+        return {job.index: image for job, image in zip(jobs, output.images, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class AutoScreener:
+    """Quick for all; full for those that quick flags, could not score, or was in doubt about.
+
+    A row of the full screener replaces the quick one, and counts the lanes of both.
+
+    Attributes:
+        quick: Makes no images; a row whose statistics hold probed ones was in doubt.
+        full: Makes images.
+        batch_size: Images at once in the full screener, >= 1.
+    """
+
+    quick: Screener
+    full: Screener
+    batch_size: int
+
+    @property
+    def threshold(self) -> float | None:
+        """The full screener's, which has the last word."""
+        return self.full.threshold
+
+    def screen(self, jobs: Sequence[Job]) -> Screened:
+        """Rows of either depth."""
+        rows = self.quick.screen(jobs).rows
+        again = [place for place, row in enumerate(rows) if _needs_more(row)]
+        images: dict[str, Image] = {}
+        for start in range(0, len(again), self.batch_size):
+            places = again[start : start + self.batch_size]
+            screened = self.full.screen([jobs[place] for place in places])
+            images |= screened.images
+            for place, row in zip(places, screened.rows, strict=True):
+                row["extra_lanes"] += rows[place]["extra_lanes"]
+                rows[place] = row
+        return Screened(rows, images)
+
+
+def _needs_more(row: Row) -> bool:
+    from sd_guard.observation import PROBED
+
+    return row["flagged"] or row["outcome"] == "unscored" or any(seen["name"] in PROBED for seen in row["statistics"])
+
+
+def generate(pipe: Pipeline, jobs: Sequence[Job], model: ModelSettings) -> Any:
+    """One call of the pipeline, each image from its own CPU generator: an `Output`."""
+    import torch
+
+    size = {name: pixels for name, pixels in (("height", model.height), ("width", model.width)) if pixels is not None}
+    return pipe(
+        prompt=[job.prompt for job in jobs],
+        generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
+        num_inference_steps=model.steps,
+        guidance_scale=model.guidance_scale,
+        num_images_per_prompt=1,
+        output_type="pil",
+        **size,
+    )
