@@ -1,0 +1,348 @@
+"""Quick depth: a score from one early noise level, without sampling, autoencoder or image.
+
+A seed's *control* depends on no prompt: its first latent, the latent at the observed level on the way that the empty
+prompt takes (guidance adds nothing to it there), what the UNet says of it without a prompt, and the probes with their
+LID. It is computed once a seed. A prompt then costs one lane, and where the detector is in doubt one more a probe.
+
+The level is reached from the first latent by a single deterministic step: at these noise levels that loses nothing
+against a fine schedule. `benchmarks/quick.py` measures this, and what else was tried.
+
+Scores are on a scale of their own: all prompts of a seed share its latent, and lie higher or lower together. So quick
+depth has its own threshold, and refuses a calibration of full depth. One of quick depth is made by a `Calibrator` from
+`QuickScreener.measure`, with the seeds that will be screened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from sd_guard.calibration import Calibration
+from sd_guard.detection import PrematureDetail, Verdict, decide, verdict_of
+from sd_guard.fingerprint import Fingerprint, take_fingerprint
+from sd_guard.guard import Guard, GuardRecord, StatisticValue
+from sd_guard.lanes import Conditioning, evaluate_lanes
+from sd_guard.noise import NoiseLevel, interpret, read_level
+from sd_guard.observation import PROBED, STATISTICS, Observation, observe
+from sd_guard.pipelines.inputs import prediction_type
+from sd_guard.policy import Outcome
+from sd_guard.screening.jobs import Job
+from sd_guard.screening.records import record_row
+from sd_guard.screening.screener import Screened
+from sd_guard.screening.settings import ModelSettings
+from sd_guard.snapshots import copy_scheduler
+from sd_guard.statistics.base import StepCall
+from sd_guard.statistics.lid import probe_products, trajectory_lid
+from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
+
+# Chosen on `tune` rows of the bundled checkpoint: the level by AUROC, the threshold as the least that 1 % exceed of the
+# benign images of eight seeds.
+QUICK: Final = Guard(observe_at=(0.04,), probes=1, detector=PrematureDetail(threshold=0.32))
+FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
+KEPT_SEEDS: Final = 8  # whose controls are kept from one batch to the next
+_OUTCOMES: Final[dict[Verdict, Outcome]] = {"pass": "passed", "flag": "kept", "unscored": "unscored"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A step of the schedule: its index, timestep (a scalar tensor) and noise level."""
+
+    step: int
+    timestep: Tensor
+    level: NoiseLevel
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What S seeds show without a prompt, at K observed steps, with P probes at the last of them.
+
+    Attributes:
+        x: (S, K, C, H, W) UNet inputs.
+        output: (S, K, C, H, W) what the UNet returned for them without a prompt.
+        probes: (S, P, C, H, W) probes.
+        moved: (S, P, C, H, W) the last input, moved along them.
+        distance: (S, P, C, H, W) how far it moved, over the probe.
+        lid: (S,) trajectory LID without a prompt, mean over the probes.
+    """
+
+    x: Tensor
+    output: Tensor
+    probes: Tensor
+    moved: Tensor
+    distance: Tensor
+    lid: Tensor
+
+    def select(self, rows: Tensor) -> Control:
+        """Of some seeds, which may repeat."""
+        return Control(*(getattr(self, each.name)[rows] for each in fields(self)))
+
+    @staticmethod
+    def join(controls: Sequence[Control]) -> Control:
+        """Of the seeds of all of these, in order."""
+        return Control(*(torch.cat([getattr(one, each.name) for one in controls]) for each in fields(Control)))
+
+
+@dataclass(frozen=True, slots=True)
+class QuickScreener:
+    """Scores batches by the first steps alone; `make` makes one.
+
+    A row depends on its prompt, its seed and the configuration only. Every UNet call has `batch_size` lanes, the last
+    of a batch being filled up, so that on one machine a row has the same bits whatever is screened beside it; with
+    another `batch_size` it may differ by the rounding of the UNet's dtype. `extra_lanes` of a row are all lanes
+    evaluated for its prompt; those of its seed's control serve every prompt, and are not counted.
+
+    Attributes:
+        pipe: A `GuardedStableDiffusionPipeline`; only its UNet and text encoder are used.
+        guard: Where to look, how to decide, probes.
+        fingerprint: Of the configuration.
+        scheduler: A copy of the pipeline's, on the schedule of full depth.
+        first: The first step.
+        observed: The observed ones, ascending.
+        noise_shape: C, H, W of a latent.
+        batch_size: Lanes of a UNet call, >= 1.
+        empty: (1, tokens, width) embedding of the empty prompt.
+        cache: Seed to its control, the latest used last.
+    """
+
+    pipe: Any
+    guard: Guard
+    fingerprint: Fingerprint
+    scheduler: Any
+    first: Place
+    observed: Sequence[Place]
+    noise_shape: tuple[int, int, int]
+    batch_size: int
+    empty: Tensor
+    cache: OrderedDict[int, Control] = field(default_factory=OrderedDict[int, Control])
+
+    @classmethod
+    def make(
+        cls,
+        pipe: Any,
+        model: ModelSettings,
+        *,
+        batch_size: int = 64,
+        guard: Guard = QUICK,
+        calibration: Calibration | None = None,
+    ) -> QuickScreener:
+        """Prepares the schedule.
+
+        Args:
+            pipe: A guarded pipeline.
+            model: `steps`, `height` and `width` decide the schedule and the latents; there is no guidance.
+            batch_size: Lanes of a UNet call, >= 1.
+            guard: Its `observe_at`, `probes`, `detector` and `seed` are used.
+            calibration: Of quick depth, whose threshold replaces the guard's.
+
+        Raises:
+            ValueError: A calibration of another configuration, or of full depth; a model that was distilled for
+                guidance, which says nothing without it.
+        """
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            raise ValueError(f"{model.model}: was distilled for guidance, and quick depth has none; use --depth full")
+        taken = take_fingerprint(pipe, steps=model.steps, guidance_scale=0.0, height=model.height, width=model.width)
+        fingerprint = replace(taken, guidance="none, quick depth")
+        if calibration is not None:
+            calibration.check(fingerprint)
+            guard = calibration.apply(guard)
+        scheduler = copy_scheduler(pipe.scheduler)
+        scheduler.set_timesteps(model.steps, device=pipe._execution_device)
+        timesteps = scheduler.timesteps
+        first, *observed = (
+            Place(step, timesteps[step], read_level(scheduler, timesteps[step]))
+            for step in (0, *guard.steps(len(timesteps)))
+        )
+        with torch.no_grad():
+            empty = pipe.encode_prompt([""], pipe._execution_device, 1, False)[0]
+        shape = (pipe.unet.config.in_channels, *_latent_size(pipe, model))
+        return cls(pipe, guard, fingerprint, scheduler, first, observed, shape, batch_size, empty)
+
+    @property
+    def threshold(self) -> float | None:
+        """The detector's."""
+        return self.guard.detector.threshold
+
+    def screen(self, jobs: Sequence[Job]) -> Screened:
+        """Rows without images. Larger batches share more: rows in doubt are probed together."""
+        records = self.measure([job.prompt for job in jobs], [job.seed for job in jobs])
+        rows = [
+            record_row(record, prompt=job.prompt, family=job.family, seed=job.seed, index=job.index)
+            for job, record in zip(jobs, records, strict=True)
+        ]
+        for row in rows:
+            if row["flagged"]:
+                row["outcome"] = FLAGGED
+        return Screened(rows)
+
+    @torch.no_grad()
+    def measure(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[GuardRecord]:
+        """Scores N prompts, each at a seed in [0, 2**63); the outcome of a flagged one is `kept`."""
+        seeds_once = {seed: place for place, seed in enumerate(dict.fromkeys(seeds))}
+        own = torch.tensor([seeds_once[seed] for seed in seeds], device=self.empty.device)
+        control = self._controls(list(seeds_once)).select(own)
+        texts = self._encode(prompts)
+        lanes = Conditioning(torch.cat([self.empty.expand_as(texts), texts]))
+        calls = [
+            StepCall(
+                step=place.step,
+                timestep=place.timestep,
+                level=place.level,
+                x=control.x[:, k],
+                conditional=self._evaluate(control.x[:, k], place, texts),
+                control=control.output[:, k],
+                lanes=lanes,
+                spent=1,
+            )
+            for k, place in enumerate(self.observed)
+        ]
+        free = [observe(call, prediction_type(self.pipe)) for call in calls]
+
+        def ask(rows: Sequence[int]) -> Observation:
+            return self._probe(free[-1], calls[-1], control, texts, rows)
+
+        seen, scores = decide(self.guard.detector, free, ask if self.guard.probes else None)
+        return self._records(seen, scores, seeds)
+
+    def _controls(self, seeds: Sequence[int]) -> Control:
+        """Of these seeds, each once; evaluates those that are not kept."""
+        missing = [seed for seed in seeds if seed not in self.cache]
+        if missing:
+            fresh = self._evaluate_controls(missing)
+            self.cache.update((seed, fresh.select(torch.tensor([row]))) for row, seed in enumerate(missing))
+        joined = Control.join([self.cache[seed] for seed in seeds])
+        for seed in seeds:
+            self.cache.move_to_end(seed)
+        while len(self.cache) > KEPT_SEEDS:
+            self.cache.popitem(last=False)
+        return joined
+
+    def _evaluate_controls(self, seeds: Sequence[int]) -> Control:
+        kind, texts = prediction_type(self.pipe), self.empty.expand(len(seeds), -1, -1)
+        start = self._first_inputs(seeds)
+        output = self._evaluate(start, self.first, texts)
+        heading = interpret(output, start, self.first.level, kind)
+        inputs, outputs = [start], [output]
+        for place in self.observed:
+            if place.step > 0:  # DDIM without noise (Song et al. 2020, arXiv 2010.02502), from the first step
+                x = (place.level.a * heading.x0_hat + place.level.s * heading.e_hat).to(start.dtype)
+                inputs.append(x)
+                outputs.append(self._evaluate(x, place, texts))
+        last, x = self.observed[-1], inputs[-1]
+        base = interpret(outputs[-1], x, last.level, kind).e_hat
+        probes = [self._draw_probes(seeds, k) for k in range(self.guard.probes)]
+        moved = [perturb(x, v, FiniteDifference().step_for(x.dtype)) for v in probes]
+        lids = [
+            self._lid(self._evaluate(m.point, last, texts), m.point, v, base, m.step)
+            for v, m in zip(probes, moved, strict=True)
+        ]
+        nothing = x.new_empty(len(seeds), 0, *self.noise_shape)
+        kept = len(self.observed)
+        return Control(
+            x=torch.stack(inputs[-kept:], 1),
+            output=torch.stack(outputs[-kept:], 1),
+            probes=torch.stack(probes, 1) if probes else nothing,
+            moved=torch.stack([m.point for m in moved], 1) if moved else nothing,
+            distance=torch.stack([m.step for m in moved], 1) if moved else nothing,
+            lid=torch.stack(lids).mean(0) if lids else x.new_zeros(len(seeds)),
+        )
+
+    def _probe(
+        self, seen: Observation, call: StepCall, control: Control, texts: Tensor, rows: Sequence[int]
+    ) -> Observation:
+        """Adds the trajectory LID of some images: one lane a probe, the control's being known."""
+        index = torch.tensor(list(rows), device=texts.device)
+        own, texts = control.select(index), texts[index]
+        base = interpret(call.conditional[index], call.x[index], call.level, prediction_type(self.pipe)).e_hat
+        lids: list[Tensor] = []
+        for k in range(self.guard.probes):
+            output = self._evaluate(own.moved[:, k], self.observed[-1], texts)
+            lids.append(self._lid(output, own.moved[:, k], own.probes[:, k], base, own.distance[:, k]))
+        values = dict(seen.values)
+        for name, lid in (("trajectory_lid_control", own.lid), ("trajectory_lid", torch.stack(lids).mean(0))):
+            values[name] = lid.new_zeros(len(seen.lanes)).index_copy(0, index, lid)
+        probed = set(rows)
+        lanes = tuple(spent + self.guard.probes * (row in probed) for row, spent in enumerate(seen.lanes))
+        return replace(seen, values=values, lanes=lanes, probed=tuple(rows))
+
+    def _lid(self, output: Tensor, point: Tensor, v: Tensor, base: Tensor, distance: Tensor) -> Tensor:
+        """(N,) trajectory LID at the last observed step, by one probe."""
+        level = self.observed[-1].level
+        e_hat = interpret(output, point, level, prediction_type(self.pipe)).e_hat
+        return trajectory_lid(base[0].numel(), level.s, probe_products(v, e_hat, base, distance).total)
+
+    def _first_inputs(self, seeds: Sequence[int]) -> Tensor:
+        """(S, C, H, W) what the UNet is given at the first step: the latents that full depth starts from."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        device, dtype = self.empty.device, self.empty.dtype
+        noise = randn_tensor((len(seeds), *self.noise_shape), generator=generators, device=device, dtype=dtype)
+        return self.scheduler.scale_model_input(noise * self.scheduler.init_noise_sigma, self.first.timestep)
+
+    def _draw_probes(self, seeds: Sequence[int], probe: int) -> Tensor:
+        """(S, C, H, W) the vectors that full depth takes for these images (`CallInputs.probe_seed_of`)."""
+        mixed = [(seed + 0x9E3779B97F4A7C15 * (self.guard.seed + 1)) % 2**64 for seed in seeds]
+        return draw_row_probes(mixed, self.noise_shape, self.observed[-1].step, self.empty.device, probe)
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        """(N, tokens, width); the same prompt is encoded once, and calls have one shape."""
+        once = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        texts, device, parts = list(once), self.empty.device, list[Tensor]()
+        for start in range(0, len(texts), self.batch_size):
+            part = texts[start : start + self.batch_size]
+            part += [""] * (self.batch_size - len(part))
+            parts.append(self.pipe.encode_prompt(part, device, 1, False)[0])
+        return torch.cat(parts)[torch.tensor([once[prompt] for prompt in prompts], device=device)]
+
+    def _evaluate(self, x: Tensor, place: Place, texts: Tensor) -> Tensor:
+        """(N, C, H, W) raw outputs, in calls of `batch_size` lanes; the last row fills up the last call."""
+        parts: list[Tensor] = []
+        for start in range(0, len(x), self.batch_size):
+            rows = torch.arange(start, start + self.batch_size, device=x.device).clamp(max=len(x) - 1)
+            parts.append(evaluate_lanes(self.pipe.unet, x[rows], place.timestep, Conditioning(texts[rows])))
+        return torch.cat(parts)[: len(x)]
+
+    def _records(self, seen: Sequence[Observation], scores: Sequence[float], seeds: Sequence[int]) -> list[GuardRecord]:
+        table = [(each, {name: value.tolist() for name, value in each.values.items()}) for each in seen]
+        lanes = [sum(spent) for spent in zip(*(each.lanes for each in seen), strict=True)]
+        digest, probed = self.fingerprint.digest, set(seen[-1].probed)
+        records: list[GuardRecord] = []
+        for row, (score, seed) in enumerate(zip(scores, seeds, strict=True)):
+            verdict = verdict_of(score, self.guard.detector.threshold)
+            scored = verdict != "unscored"
+            records.append(
+                GuardRecord(
+                    verdict=verdict,
+                    outcome=_OUTCOMES[verdict],
+                    score=score if scored else math.nan,
+                    decided_at_step=seen[-1].step if scored else None,
+                    dimension=seen[-1].dimension,
+                    statistics=tuple(
+                        StatisticValue(each.step, name, *STATISTICS[name], values[row])
+                        for each, measured in table
+                        for name, values in measured.items()
+                        if name not in PROBED or row in probed
+                    ),
+                    attempts=(),
+                    extra_lanes=lanes[row],
+                    seed=seed,
+                    fingerprint=digest,
+                    reason=None if scored else "the UNet's output was not finite",
+                )
+            )
+        return records
+
+
+def _latent_size(pipe: Any, model: ModelSettings) -> tuple[int, int]:
+    """Height and width in latent pixels: as asked for, or the model's own."""
+    size, factor = pipe.unet.config.sample_size, pipe.vae_scale_factor
+    height, width = (size, size) if isinstance(size, int) else size
+    return (
+        height if model.height is None else model.height // factor,
+        width if model.width is None else model.width // factor,
+    )
