@@ -50,6 +50,7 @@ class Calibration:
         false_positive_rate: alpha, in (0, 1).
         images: benign images they come from.
         observe_at: as of the guard that scored them.
+        look_again_at: likewise.
         probes: likewise.
         thresholds: step to threshold of the score of the observations up to that step.
         detector: settings of the detector that scored them, all but its threshold.
@@ -60,6 +61,7 @@ class Calibration:
     false_positive_rate: float
     images: int
     observe_at: tuple[float, ...]
+    look_again_at: float | None
     probes: int
     thresholds: Mapping[int, float]
     detector: Mapping[str, Any]
@@ -78,7 +80,8 @@ class Calibration:
             )
         threshold = self.thresholds[max(self.thresholds)]
         detector = replace(guard.detector, threshold=threshold, **self.detector)  # type: ignore[type-var]
-        return replace(guard, observe_at=self.observe_at, probes=self.probes, detector=detector)
+        looks = {"observe_at": self.observe_at, "look_again_at": self.look_again_at}
+        return replace(guard, **looks, probes=self.probes, detector=detector)
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raises ValueError where a call's configuration is not the calibrated one."""
@@ -122,6 +125,9 @@ class Calibration:
 @dataclass(slots=True)
 class Calibrator:
     """Takes the records of benign images, and of memorized ones where some are known, and yields a calibration.
+
+    Records of `sd-guard calibrate`, or of a guard with `max_attempts=0`, have all looks of every image. An image that was
+    changed before the second look counts with the score it was flagged by.
 
     Attributes:
         guard: that scored them.
@@ -177,6 +183,7 @@ class Calibrator:
             false_positive_rate=alpha,
             images=sum(map(bool, benign)),
             observe_at=guard.observe_at,
+            look_again_at=guard.look_again_at,
             probes=guard.probes,
             thresholds={step: conformal_threshold(own, alpha, per_prompt=each) for step, own in scores.items()},
             detector=scoring_of(detector),
@@ -259,7 +266,13 @@ def observations_of(record: GuardRecord) -> list[Observation]:
 
 def _scores(detector: Detector, trajectories: Iterable[Trajectory], step: int) -> list[float]:
     """Of what was seen of each scored image up to a step."""
-    return [float(detector.score([seen for seen in t if seen.step <= step])[0]) for t in trajectories if t]
+    return [_score(detector, [seen for seen in t if seen.step <= step]) for t in trajectories if t]
+
+
+def _score(detector: Detector, seen: Trajectory) -> float:
+    """Of one image; the second look, which an image that was changed before it has none of, is told by what it holds."""
+    later = next((look for look in seen if "persistence" in look.values), None)
+    return float(detector.score([look for look in seen if look is not later], later)[0])
 
 
 def scoring_of(detector: Detector) -> dict[str, Any]:

@@ -23,8 +23,12 @@ class Detector(Protocol):
         """Scores above it are flagged."""
         ...
 
-    def score(self, observations: Sequence[Observation]) -> Tensor:
-        """(B,) scores from the observations of a trajectory's steps, in their order."""
+    def score(self, observations: Sequence[Observation], later: Observation | None = None) -> Tensor:
+        """(B,) scores from the observations of a trajectory's steps, in their order, and from a second look.
+
+        The second look may raise a score and never lowers it: an image that was flagged is not waiting to be acquitted,
+        and one threshold bounds the false positives of all looks together.
+        """
         ...
 
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:
@@ -41,46 +45,57 @@ def verdict_of(score: float, threshold: float) -> Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrematureDetail:
-    """The default: premature detail of the posterior mean, and where that leaves doubt, the width of the posterior.
+    """The default: premature detail, in doubt the width of the posterior, and later whether the picture has stayed.
 
-    Both are relative to the model's own unconditional prediction at the same latent, so that the threshold needs no
-    calibration. The free half is the mean over steps of the log of the detail that the prompt adds, over the
+    The first two are relative to the model's own unconditional prediction at the same latent, so that the threshold
+    needs no calibration. The free part is the mean over steps of the log of the detail that the prompt adds, over the
     detail without it (`added_detail`). Where it is in doubt, probes add
     `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
-    nor the probes, so that scores stay exchangeable when a calibration moves the threshold. The numbers were chosen on
-    `tune` rows of the bundled reference checkpoint.
+    nor the probes, so that scores stay exchangeable when a calibration moves the threshold. A later look at the same
+    trajectory adds `persistence_weight` times what the picture's `persistence` exceeds `ordinary_persistence` by: faint
+    and almost plain memories add little detail, but they are settled. The numbers were chosen on `tune` rows of the
+    bundled reference checkpoint.
 
     Attributes:
         threshold: scores above it are flagged.
-        doubt: the free half, lowest and highest, between which an image is probed.
+        doubt: the free part, lowest and highest, between which an image is probed.
         lid_weight: weight of the LID deficit, a share of the latent dimension.
         ordinary_deficit: the share that speaks for neither side.
+        persistence_weight: weight of the persistence, at least 0.
+        ordinary_persistence: in [-1, 1], up to which it says nothing.
 
     Raises:
-        ValueError: a threshold that is NaN.
+        ValueError: a threshold that is NaN, or a weight by which a later look could lower a score.
     """
 
-    threshold: float = 0.25
+    threshold: float = 0.35
     doubt: tuple[float, float] = (0.0, 0.6)
     lid_weight: float = 10.0
     ordinary_deficit: float = 0.005
+    persistence_weight: float = 8.0
+    ordinary_persistence: float = 0.84
 
     def __post_init__(self) -> None:
         """Refuses a threshold that every score would pass."""
         if math.isnan(self.threshold):
             raise ValueError(f"threshold={self.threshold} is no number, and no score exceeds it: give one")
+        if not self.persistence_weight >= 0:
+            raise ValueError(f"persistence_weight={self.persistence_weight} is negative; 0 takes no later look")
 
-    def score(self, observations: Sequence[Observation]) -> Tensor:
+    def score(self, observations: Sequence[Observation], later: Observation | None = None) -> Tensor:
         """(B,) scores."""
         score, last = self._added(observations), observations[-1]
         if last.probed:
             closed = (last.values["trajectory_lid_control"] - last.values["trajectory_lid"]) / last.dimension
             rows = torch.tensor(last.probed, device=score.device)
             score = score.index_add(0, rows, self.lid_weight * (closed - self.ordinary_deficit)[rows])
+        if later is not None:
+            settled = later.values["persistence"] - self.ordinary_persistence
+            score = score + self.persistence_weight * settled.clamp(min=0.0)
         return score
 
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:
-        """(B,) whether the free half lies within `doubt`."""
+        """(B,) whether the free part lies within `doubt`."""
         added = self._added(observations)
         return (added > self.doubt[0]) & (added < self.doubt[1])
 

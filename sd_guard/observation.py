@@ -18,7 +18,7 @@ from sd_guard.noise import Prediction, PredictionType, interpret
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import probe_products, trajectory_lid
-from sd_guard.statistics.sharpness import added_detail, detail
+from sd_guard.statistics.sharpness import added_detail, detail, persistence
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
 # name -> (point, lane) of every statistic an observation can hold
@@ -28,6 +28,7 @@ STATISTICS: Mapping[str, tuple[str, str]] = {
     "cfg_norm": ("noisy", "conditional-control"),
     "trajectory_lid": ("noisy", "conditional"),
     "trajectory_lid_control": ("noisy", "control"),
+    "persistence": ("noisy", "conditional"),  # since the deciding step
 }
 PROBED = ("trajectory_lid", "trajectory_lid_control")  # those that cost lanes
 
@@ -51,6 +52,13 @@ class Observation:
     lanes: tuple[int, ...]
     probed: tuple[int, ...] = ()
     x0_hat: Tensor | None = None
+
+    def select(self, rows: Sequence[int]) -> Observation:
+        """The same of some images."""
+        values = {name: value[list(rows)] for name, value in self.values.items()}
+        probed = tuple(place for place, row in enumerate(rows) if row in self.probed)
+        x0_hat = None if self.x0_hat is None else self.x0_hat[list(rows)]
+        return replace(self, values=values, lanes=tuple(self.lanes[row] for row in rows), probed=probed, x0_hat=x0_hat)
 
 
 def predicted_image(observations: Sequence[Observation]) -> Tensor:
@@ -97,6 +105,19 @@ def observe(call: StepCall, prediction_type: PredictionType) -> Observation:
     }
     lanes = (call.spent,) * call.x.shape[0]
     return Observation(call.step, call.x[0].numel(), values, lanes, x0_hat=with_prompt.x0_hat)
+
+
+def look_again(call: StepCall, prediction_type: PredictionType, then: Tensor) -> Observation:
+    """What a later step says of the deciding one: no lanes, and no control is needed.
+
+    Args:
+        call: of the later step.
+        prediction_type: of the UNet.
+        then: (B, C, H, W) predicted images at the deciding step, of the same trajectories.
+    """
+    now = interpret(call.conditional, call.x, call.level, prediction_type).x0_hat
+    values = {"persistence": persistence(then, now)}
+    return Observation(call.step, call.x[0].numel(), values, (0,) * call.x.shape[0], x0_hat=now)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sd_guard.detection import Verdict
@@ -20,8 +20,8 @@ class Attempt:
         mitigation: its name.
         strength: in the mitigation's own unit.
         resumed_from_step: the step that sampling was resumed from.
-        score: of the resumed trajectory, by the statistic that flagged the image.
-        resemblance: cosine in [-1, 1] of its predicted image and the flagged one at the deciding step, by their edges.
+        score: of the resumed trajectory, by the statistic that flagged the image, at the last look it got.
+        resemblance: cosine in [-1, 1] of its predicted image and the one that was flagged, by their edges; likewise.
         passed: whether that was no longer suspicious.
         prompt: the rewritten prompt; None where the words were kept.
     """
@@ -85,8 +85,9 @@ class Case:
     """One image's way through the policy.
 
     Attributes:
-        verdict: of the trajectory before any mitigation.
+        verdict: of the trajectory before any mitigation, so far.
         score: likewise.
+        decided_at: the step that said so.
         budget: extra lanes allowed.
         lanes: extra lanes spent so far.
         attempts: in order.
@@ -96,6 +97,7 @@ class Case:
 
     verdict: Verdict
     score: float
+    decided_at: int
     budget: int
     lanes: int = 0
     attempts: list[Attempt] = field(default_factory=list)
@@ -107,10 +109,24 @@ class Case:
         """Whether the last attempt passed, to the end."""
         return bool(self.attempts) and self.attempts[-1].passed and not self.relapsed
 
+    @property
+    def open(self) -> bool:
+        """Whether the image is flagged, and something may still be tried."""
+        return self.verdict == "flag" and not self.closed
+
     def may_attempt(self, policy: Policy, cost: int) -> bool:
         """Whether another attempt of `cost` lanes is allowed."""
-        affordable = self.lanes + cost <= self.budget
-        return self.verdict == "flag" and not self.closed and affordable and len(self.attempts) < policy.max_attempts
+        return self.open and self.lanes + cost <= self.budget and len(self.attempts) < policy.max_attempts
+
+    def look_again(self, verdict: Verdict, score: float, step: int) -> None:
+        """Takes the verdict of a later look, where the image was not flagged before."""
+        if self.verdict == "pass":
+            self.verdict, self.score, self.decided_at = verdict, score, step
+
+    def reopen(self, score: float, resemblance: float) -> None:
+        """Takes back that the last attempt passed: a later look says otherwise."""
+        self.attempts[-1] = replace(self.attempts[-1], score=score, resemblance=resemblance, passed=False)
+        self.closed = False
 
     def close(self, attempt: Attempt | None = None) -> None:
         """Ends the case where `attempt` passed, or where there is nothing left to try (None)."""

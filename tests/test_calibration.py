@@ -61,8 +61,7 @@ def test_calibrator() -> None:
     assert calibration.thresholds == {step: ordered[rank - 1] for step, ordered in scores.items()}
     assert (calibration.images, calibration.observe_at, calibration.probes) == (10, (0.06, 0.14), 3)
     assert calibration.fingerprint == FINGERPRINT
-    own = made.guard.detector
-    assert calibration.detector == {name: getattr(own, name) for name in ("doubt", "lid_weight", "ordinary_deficit")}
+    assert calibration.detector == {name: getattr(made.guard.detector, name) for name in SCORING}
     assert calibration.benign_scores == tuple(scores[7])
 
 
@@ -206,7 +205,7 @@ def test_memorized_prompts_that_cannot_choose() -> None:
     class Plain:
         threshold: float = 0.0
 
-        def score(self, observations: Any) -> Any:
+        def score(self, observations: Any, later: Any = None) -> Any:
             return observations[-1].values["added_detail"]
 
         def in_doubt(self, observations: Any) -> Any:
@@ -235,14 +234,19 @@ def test_twice_as_many_benign_images_where_memorized_ones_choose() -> None:
     assert made.finish().images == 19
 
 
+SCORING = {
+    **{"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009},
+    **{"persistence_weight": 5.0, "ordinary_persistence": 0.9},
+}
 CALIBRATION = Calibration(
     fingerprint=FINGERPRINT,
     false_positive_rate=0.1,
     images=20,
     observe_at=(0.1, 0.3),
+    look_again_at=0.4,
     probes=2,
     thresholds={5: 1.0, 15: -0.25},
-    detector={"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009},
+    detector=SCORING,
     benign_scores=(-0.5, 0.25),
 )
 
@@ -251,9 +255,8 @@ def test_calibrated_guard() -> None:
     """The threshold of the deciding step, and scores as they were; nothing else of the guard is touched."""
     own = Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5, doubt=(0.1, 0.3)), probes=7, seed=3)
     guard = CALIBRATION.apply(own)
-    scored = {"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009}
-    assert guard.detector == PrematureDetail(threshold=-0.25, **scored)
-    assert (guard.observe_at, guard.probes, guard.seed) == ((0.1, 0.3), 2, 3)
+    assert guard.detector == PrematureDetail(threshold=-0.25, **SCORING)
+    assert (guard.observe_at, guard.look_again_at, guard.probes, guard.seed) == ((0.1, 0.3), 0.4, 2, 3)
 
 
 def test_records_of_another_configuration() -> None:

@@ -68,6 +68,16 @@ def test_the_score_is_the_mean_ratio_and_the_weighted_deficit_of_those_probed() 
     torch.testing.assert_close(detector.score(observations), expected, rtol=0, atol=1e-5)
 
 
+def test_a_second_look_raises_scores_and_lowers_none() -> None:
+    detector = PrematureDetail(persistence_weight=8.0, ordinary_persistence=0.84)
+    observations = free([0.2, 0.4, -0.6])
+    later = Observation(20, 256, {"persistence": torch.tensor([0.94, 0.84, 0.1])}, (0, 0, 0))
+    expected = torch.tensor([0.2 + 8 * 0.1, 0.4, -0.6])
+    torch.testing.assert_close(detector.score(observations, later), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="persistence_weight=-1 is negative"):
+        PrematureDetail(persistence_weight=-1)
+
+
 @given(ratios_of_images, st.tuples(finite, finite))
 def test_only_rows_in_doubt_are_probed(ratios: list[float], doubt: tuple[float, float]) -> None:
     """One call for all of them, or none; the others keep the score of the free statistics, to the bit."""

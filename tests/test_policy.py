@@ -16,16 +16,16 @@ def attempt(*, passed: bool) -> Attempt:
 @pytest.mark.parametrize(
     ("case", "on_failure", "outcome"),
     [
-        (Case("pass", 0.1, 100), "blank", "passed"),
-        (Case("unscored", math.nan, 100), "keep", "unscored"),
-        (Case("pass", math.nan, 100), "blank", "unscored"),  # a score that is none is never a pass
-        (Case("flag", math.inf, 100), "blank", "unscored"),
-        (Case("flag", 0.9, 100), "blank", "blocked"),
-        (Case("flag", 0.9, 100), "raise", "blocked"),
-        (Case("flag", 0.9, 100), "keep", "kept"),
-        (Case("flag", 0.9, 100, attempts=[attempt(passed=False)]), "blank", "blocked"),
-        (Case("flag", 0.9, 100, attempts=[attempt(passed=False), attempt(passed=True)]), "blank", "rescued"),
-        (Case("flag", 0.9, 100, attempts=[attempt(passed=True)]), "keep", "rescued"),
+        (Case("pass", 0.1, 3, 100), "blank", "passed"),
+        (Case("unscored", math.nan, 3, 100), "keep", "unscored"),
+        (Case("pass", math.nan, 3, 100), "blank", "unscored"),  # a score that is none is never a pass
+        (Case("flag", math.inf, 3, 100), "blank", "unscored"),
+        (Case("flag", 0.9, 3, 100), "blank", "blocked"),
+        (Case("flag", 0.9, 3, 100), "raise", "blocked"),
+        (Case("flag", 0.9, 3, 100), "keep", "kept"),
+        (Case("flag", 0.9, 3, 100, attempts=[attempt(passed=False)]), "blank", "blocked"),
+        (Case("flag", 0.9, 3, 100, attempts=[attempt(passed=False), attempt(passed=True)]), "blank", "rescued"),
+        (Case("flag", 0.9, 3, 100, attempts=[attempt(passed=True)]), "keep", "rescued"),
     ],
 )
 def test_outcomes(case: Case, on_failure: str, outcome: str) -> None:
@@ -41,7 +41,7 @@ def test_outcomes(case: Case, on_failure: str, outcome: str) -> None:
 )
 def test_attempts_end(budget: int, spent: int, cost: int, max_attempts: int, passes: list[bool]) -> None:
     """Whatever is tried: within budget and number, nothing after a pass, and as many as these allow."""
-    policy, case = Policy(budget=budget, max_attempts=max_attempts), Case("flag", 1.0, budget, lanes=spent)
+    policy, case = Policy(budget=budget, max_attempts=max_attempts), Case("flag", 1.0, 3, budget, lanes=spent)
     while case.may_attempt(policy, cost):
         case.lanes += cost
         case.close(attempt(passed=passes[len(case.attempts)]))
@@ -55,11 +55,11 @@ def test_attempts_end(budget: int, spent: int, cost: int, max_attempts: int, pas
 
 @pytest.mark.parametrize("verdict", ["pass", "unscored"])
 def test_only_flagged_images_are_attempted(verdict: str) -> None:
-    assert not Case(verdict, 0.0, 100).may_attempt(Policy(), 1)
+    assert not Case(verdict, 0.0, 3, 100).may_attempt(Policy(), 1)
 
 
 def test_nothing_left_to_try() -> None:
-    case = Case("flag", 1.0, 100)
+    case = Case("flag", 1.0, 3, 100)
     assert case.may_attempt(Policy(), 1)
     case.close()
     assert not case.may_attempt(Policy(), 1)

@@ -169,7 +169,7 @@ class DetailRatio:
     threshold: float
     doubt: tuple[float, float] = NOBODY
 
-    def score(self, observations: Sequence[Observation]) -> torch.Tensor:
+    def score(self, observations: Sequence[Observation], later: Observation | None = None) -> torch.Tensor:
         return torch.stack([seen.values["added_detail"] for seen in observations]).mean(0)
 
     def in_doubt(self, observations: Sequence[Observation]) -> torch.Tensor:

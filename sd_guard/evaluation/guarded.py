@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sd_guard.detection import decide
 from sd_guard.guard import Guard
-from sd_guard.observation import Observation, lanes_of, observe, probe
+from sd_guard.observation import Observation, lanes_of, look_again, observe, predicted_image, probe
 from sd_guard.statistics.base import Denoiser, StepCall
 
 
@@ -19,19 +19,24 @@ class Watching:
         guard: whose steps, probes and detector are used.
         model: behind the trajectory.
         steps: to observe, of the sampler's; the last decides.
+        second_look: the step that looks again; None without.
         seen: so far.
     """
 
     guard: Guard
     model: Denoiser
     steps: list[int]
+    second_look: int | None
     seen: list[Observation] = field(default_factory=list)
 
     def watch(self, call: StepCall) -> tuple[list[float], tuple[int, ...]] | None:
-        """Observes a step; at the deciding one, (B,) scores and the lanes spent on each image."""
+        """Looks at a step; at the deciding one and the second look, (B,) scores and the lanes spent on each image."""
+        model, guard = self.model, self.guard
+        if call.step == self.second_look:
+            later = look_again(call, model.prediction_type, predicted_image(self.seen))
+            return guard.detector.score(self.seen, later).tolist(), lanes_of(self.seen)
         if call.step not in self.steps:
             return None
-        model, guard = self.model, self.guard
         self.seen.append(observe(call, model.prediction_type))
         if call.step < self.steps[-1]:
             return None
@@ -40,5 +45,5 @@ class Watching:
             last, probes = self.seen[-1], guard.probes
             return probe(last, call, model.unet, model.prediction_type, rows, probes=probes, seeds=model.seeds)
 
-        seen, scores = decide(guard.detector, self.seen, ask if guard.probes else None)
-        return scores, lanes_of(seen)
+        self.seen, scores = decide(guard.detector, self.seen, ask if guard.probes else None)
+        return scores, lanes_of(self.seen)

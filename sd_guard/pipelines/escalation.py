@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ class Rescue:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Escalation:
     """The flagged images of one call, resolved together: a resumed sub-batch a round.
 
@@ -52,10 +52,11 @@ class Escalation:
         inputs: of the call.
         start: of all B images.
         watch: of all B images.
-        walk: of all B images.
+        walk: of all B images, so far.
         empty_embeds: (tokens, width).
         cases: of all B images.
         memory: (B, C, H, W) predicted images of the flagged trajectory: what must not come back.
+        proposals: what is left of each flagged image's plan.
     """
 
     pipe: Any
@@ -67,27 +68,33 @@ class Escalation:
     empty_embeds: Tensor
     cases: Sequence[Case]
     memory: Tensor
+    proposals: dict[int, Iterator[Change]] = field(default_factory=dict)
 
     @property
     def cost(self) -> int:
         """Lanes an image of one attempt, probes apart."""
-        controls = 0 if self.inputs.control_is_empty and self.inputs.guided else len(self.watch.steps)
-        return self.walk.cost(controls)
+        return self.walk.cost(0, len(self.walk.scales)) + self._controls
+
+    @property
+    def _controls(self) -> int:
+        return 0 if self.inputs.control_is_empty and self.inputs.guided else len(self.watch.steps)
 
     def run(self) -> list[Rescue]:
-        """Tries the plan on every flagged image until it passes or nothing is left to try or to spend."""
-        open_rows = {row: self._propose(row) for row, case in enumerate(self.cases) if case.verdict == "flag"}
+        """Tries the plan on every open case until it passes or nothing is left to try or to spend."""
         rescued: list[Rescue] = []
-        while open_rows:
-            changes = {row: change for row in open_rows if (change := self._next(row, open_rows[row])) is not None}
-            if changes:
-                rescued += self._attempt(changes)
-            open_rows = {row: proposals for row, proposals in open_rows.items() if not self.cases[row].closed}
+        deciding = len(self.walk.scales) == self.watch.steps[-1] + 1
+        while rows := [row for row, case in enumerate(self.cases) if case.open]:
+            changes = {row: change for row in rows if (change := self._next(row)) is not None}
+            # Long after the deciding step, an attempt that fails there is not worth the rest of its way.
+            rounds = [changes] if deciding else [{row: change} for row, change in changes.items()]
+            for part in rounds:
+                rescued += self._attempt(part) if part else []
         return rescued
 
-    def _next(self, row: int, proposals: Iterator[Change]) -> Change | None:
+    def _next(self, row: int) -> Change | None:
         """The next change that the image can still afford; closes its case where there is none."""
         case, policy = self.cases[row], self.guard.policy
+        proposals = self.proposals.setdefault(row, self._propose(row))
         change = next(proposals, None) if case.may_attempt(policy, self.cost) else None
         if change is None or not case.may_attempt(policy, self.cost):
             case.close()
@@ -95,34 +102,43 @@ class Escalation:
         return change
 
     def _attempt(self, changes: dict[int, Change]) -> list[Rescue]:
-        rows = list(changes)
+        """Samples these images again, each with its change, as far as they stand the looks."""
+        rows, policy, detector = list(changes), self.guard.policy, self.guard.detector
         resumed = resume(
-            self.pipe,
-            self.inputs,
-            self.start,
-            self.watch,
-            rows,
-            self.walk,
-            list(changes.values()),
-            self.empty_embeds,
+            self.pipe, self.inputs, self.start, self.watch, rows, self.walk, list(changes.values()), self.empty_embeds
         )
-        threshold, policy = self.guard.detector.threshold, self.guard.policy
-        for row in rows:
-            self.cases[row].lanes += self.cost
-        seen, scores = decide(self.guard.detector, resumed.observations, partial(self._probe, rows, resumed))
-        alike: list[float] = resemblance(predicted_image(seen), self.memory[rows]).tolist()
+        self._go_on(rows, resumed, self.watch.steps[-1] + 1, self._controls)
+        resumed.observations, scores = decide(detector, resumed.observations, partial(self._probe, rows, resumed))
+        seen = self._compare(rows, resumed, scores)
+        if resumed.step < len(self.walk.scales) and all(policy.accepts(*look) for look in seen):
+            self._go_on(rows, resumed, len(self.walk.scales), 0)
+            seen = self._compare(rows, resumed, detector.score(resumed.observations, resumed.later).tolist())
         rescued: list[Rescue] = []
-        for index, row in enumerate(rows):
-            change, case, score, near = changes[row], self.cases[row], scores[index], alike[index]
-            passed = policy.accepts(score, threshold, near)
-            case.close(Attempt(change.mitigation, change.strength, 0, score, near, passed, change.prompt))
+        for index, (row, change, look) in enumerate(zip(rows, changes.values(), seen, strict=True)):
+            passed = policy.accepts(*look)
+            score, near = look[0], look[2]
+            attempt = Attempt(change.mitigation, change.strength, 0, score, near, passed, change.prompt)
+            self.cases[row].close(attempt)
             if passed:
                 rescued.append(Rescue(row, change, resumed, index))
         return rescued
 
+    def _go_on(self, rows: list[int], resumed: Resumed, until: int, controls: int) -> None:
+        """Makes the steps before `until`, and bills them."""
+        for row in rows:
+            self.cases[row].lanes += self.walk.cost(resumed.step, until) + controls
+        resumed.go_on(until)
+
+    def _compare(self, rows: list[int], resumed: Resumed, scores: list[float]) -> list[tuple[float, float, float]]:
+        """What the policy accepts by: score, threshold, and resemblance to the flagged picture, of each image."""
+        looks = [resumed.later] if resumed.later else resumed.observations
+        alike = resemblance(predicted_image(looks), self.memory[rows]).tolist()
+        return [(score, self.guard.detector.threshold, near) for score, near in zip(scores, alike, strict=True)]
+
     def _probe(self, rows: list[int], resumed: Resumed, doubtful: Sequence[int]) -> Observation:
         """Probes those of the resumed images in doubt that can still afford it."""
-        watch, seen = self.watch.select(rows), resumed.observations[-1]
+        assert resumed.last is not None
+        watch, seen = resumed.watch, resumed.observations[-1]
         cases = {index: self.cases[rows[index]] for index in doubtful}
         able = [index for index, case in cases.items() if case.lanes + 2 * watch.probes <= case.budget]
         if not able or not watch.probes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.mitigation import Change
-from sd_guard.noise import read_level
-from sd_guard.observation import Observation, observe, with_control
+from sd_guard.noise import PredictionType, read_level
+from sd_guard.observation import Observation, look_again, observe, predicted_image, with_control
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.snapshots import fork_generators, select_images
 from sd_guard.statistics.base import StepCall
@@ -37,7 +37,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """How the host's loop went from the first step to the deciding one.
+    """How the host's loop went from the first step to the last one made.
 
     Attributes:
         lanes: its conditioning: 2B lanes, negative prompt first, if any step was guided; else B.
@@ -52,42 +52,111 @@ class Walk:
         """Of lanes."""
         return self.lanes.prompt_embeds.shape[0]
 
-    def cost(self, observation_lanes: int) -> int:
-        """Lanes that going the same way again costs an image."""
-        return sum(1 if scale is None else 2 for scale in self.scales) + observation_lanes
+    def cost(self, start: int, stop: int) -> int:
+        """Lanes that making the steps from `start` to before `stop` again costs an image."""
+        return sum(1 if scale is None else 2 for scale in self.scales[start:stop])
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """Where a trajectory is observed, what an image in doubt may get at the last of the steps, and probe seeds."""
+    """Where a trajectory is looked at.
+
+    Attributes:
+        steps: observed; the last decides.
+        second_look: the later step that looks again; None without.
+        probes: that an image in doubt may get at the deciding step.
+        seeds: of them, one an image.
+    """
 
     steps: Sequence[int]
+    second_look: int | None
     probes: int
     seeds: Sequence[int]
 
     def select(self, rows: Sequence[int]) -> Watch:
         """The same for some images."""
-        return Watch(self.steps, self.probes, [self.seeds[row] for row in rows])
+        return replace(self, seeds=[self.seeds[row] for row in rows])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Resumed:
-    """Where the resumed images stand after the last observed step.
+    """F images on their way again, each with a change, as the host's loop goes.
+
+    The caller's step callback is not called again: what it did to the latents is not repeated.
 
     Attributes:
-        latents: (F, C, H, W).
+        pipe: the pipeline.
+        inputs: of the call.
+        watch: of these images.
+        walk: of all B images, up to where the loop stands.
+        changes: one an image.
+        empty_embeds: (tokens, width) embedding of no prompt.
+        lanes: their own conditioning, as the loop's.
+        latents: (F, C, H, W), before step `step`.
         scheduler: their own.
+        arguments: of its steps.
+        step: the next to be made.
         observations: free statistics.
         last: the UNet call of the last observed step.
+        later: the second look.
     """
 
+    pipe: Any
+    inputs: CallInputs
+    watch: Watch
+    walk: Walk
+    changes: Sequence[Change]
+    empty_embeds: Tensor
+    lanes: Conditioning
     latents: Tensor
     scheduler: Any
-    observations: list[Observation]
-    last: StepCall
+    arguments: dict[str, Any]
+    step: int = 0
+    observations: list[Observation] = field(default_factory=list)
+    last: StepCall | None = None
+    later: Observation | None = None
+
+    @torch.no_grad()
+    def go_on(self, until: int) -> None:
+        """Makes all steps before step `until`."""
+        count, kind = len(self.changes), prediction_type(self.pipe)
+        while self.step < until:
+            scale, timestep = self.walk.scales[self.step], self.scheduler.timesteps[self.step]
+            now = self._text(scale)
+            x = self.scheduler.scale_model_input(
+                self.latents if scale is None else torch.cat([self.latents] * 2), timestep
+            )
+            looked = self.step in self.watch.steps or self.step == self.watch.second_look
+            level = read_level(self.scheduler, timestep) if looked else None
+            output = evaluate_lanes(self.pipe.unet, x, timestep, now)
+            negative, conditional = (None, output) if scale is None else output.chunk(2)
+            if level is not None:
+                control = negative if self.inputs.control_is_empty else None
+                seen_with = now if control is not None else control_lanes(now, count, self.empty_embeds)
+                self._look(StepCall(self.step, timestep, level, x[:count], conditional, control, seen_with), kind)
+            noise = conditional
+            if scale is not None and negative is not None:
+                noise = guide(conditional, negative, scale, self.inputs.guidance_rescale)
+            step = self.scheduler.step(noise, timestep, self.latents, **self.arguments, return_dict=False)
+            self.latents = step[0]
+            self.step += 1
+
+    def _look(self, call: StepCall, kind: PredictionType) -> None:
+        if call.step == self.watch.second_look:
+            self.later = look_again(call, kind, predicted_image(self.observations))
+        else:
+            self.last = with_control(call, self.pipe.unet)
+            self.observations.append(observe(self.last, kind))
+
+    def _text(self, scale: float | None) -> Conditioning:
+        """The lanes of the next step: both, or without guidance those of the prompts."""
+        count, prompts = len(self.changes), self.lanes.prompt_embeds
+        share = self.step / len(self.scheduler.timesteps)
+        changed = torch.stack([self.empty_embeds if is_delayed(c, share) else c.prompt_embeds for c in self.changes])
+        now = self.lanes.with_prompt(torch.cat([prompts[:-count], changed.to(prompts)]))
+        return now if scale is not None else now.select(torch.arange(count, device=prompts.device) - count)
 
 
-@torch.no_grad()
 def resume(
     pipe: Any,
     inputs: CallInputs,
@@ -98,9 +167,7 @@ def resume(
     changes: Sequence[Change],
     empty_embeds: Tensor,
 ) -> Resumed:
-    """Samples F images again, from the first step to the last observed one, as the host's loop did.
-
-    The caller's step callback is not called again: what it did to the latents is not repeated.
+    """F of the B images at their first step.
 
     Args:
         pipe: the pipeline.
@@ -112,37 +179,20 @@ def resume(
         changes: one an image.
         empty_embeds: (tokens, width) embedding of no prompt.
     """
-    images, count, index = start.latents.shape[0], len(rows), torch.tensor(rows, device=start.latents.device)
-    watch = watch.select(rows)
-    scheduler, latents = select_images(start.scheduler, index, start.latents), start.latents[index]
+    images, index = start.latents.shape[0], torch.tensor(rows, device=start.latents.device)
     generator = fork_generators(inputs.generator, start.states, rows, inputs.seed)
-    step_arguments = pipe.prepare_extra_step_kwargs(generator, inputs.eta)
-    own = walk.lanes.select(torch.cat([index + first for first in range(0, walk.count, images)]))
-    seen: list[Observation] = []
-    call: StepCall | None = None
-    for step, scale in enumerate(walk.scales):
-        timestep = scheduler.timesteps[step]
-        changed = _changed_embeds(changes, step / len(scheduler.timesteps), empty_embeds).to(own.prompt_embeds)
-        now = own.with_prompt(torch.cat([own.prompt_embeds[:-count], changed]))
-        if scale is None:
-            now = now.select(torch.arange(count, device=index.device) - count)
-        x = scheduler.scale_model_input(latents if scale is None else torch.cat([latents] * 2), timestep)
-        level = read_level(scheduler, timestep) if step in watch.steps else None
-        output = evaluate_lanes(pipe.unet, x, timestep, now)
-        negative, conditional = (None, output) if scale is None else output.chunk(2)
-        if level is not None:
-            control = negative if inputs.control_is_empty else None
-            seen_with = now if control is not None else control_lanes(now, count, empty_embeds)
-            call = StepCall(step, timestep, level, x[:count], conditional, control, seen_with)
-            call = with_control(call, pipe.unet)
-            seen.append(observe(call, prediction_type(pipe)))
-        if scale is None or negative is None:
-            noise = conditional
-        else:
-            noise = guide(conditional, negative, scale, inputs.guidance_rescale)
-        latents = scheduler.step(noise, timestep, latents, **step_arguments, return_dict=False)[0]
-    assert call is not None
-    return Resumed(latents, scheduler, seen, call)
+    return Resumed(
+        pipe,
+        inputs,
+        watch.select(rows),
+        walk,
+        changes,
+        empty_embeds,
+        walk.lanes.select(torch.cat([index + first for first in range(0, walk.count, images)])),
+        start.latents[index],
+        select_images(start.scheduler, index, start.latents),
+        pipe.prepare_extra_step_kwargs(generator, inputs.eta),
+    )
 
 
 def guide(conditional: Tensor, negative: Tensor, scale: float, rescale: float) -> Tensor:
@@ -170,8 +220,3 @@ def control_lanes(lanes: Conditioning, images: int, empty_embeds: Tensor) -> Con
 def is_delayed(change: Change, share: float) -> bool:
     """Whether the image is still sampled without its prompt when `share` of the steps have been walked."""
     return share < change.guidance_from and not math.isclose(share, change.guidance_from)
-
-
-def _changed_embeds(changes: Sequence[Change], share: float, empty_embeds: Tensor) -> Tensor:
-    """(F, tokens, width) of one step."""
-    return torch.stack([empty_embeds if is_delayed(c, share) else c.prompt_embeds for c in changes])

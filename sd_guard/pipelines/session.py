@@ -24,6 +24,7 @@ from sd_guard.observation import (
     STATISTICS,
     Observation,
     lanes_of,
+    look_again,
     observe,
     predicted_image,
     probe,
@@ -52,26 +53,36 @@ class Session:
     cases: list[Case] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     rescued: list[Rescue] = field(default_factory=list)
+    escalation: Escalation | None = None
+    later: Observation | None = None  # of the second look, and the rows that were no longer what had been flagged
+    changed: frozenset[int] = frozenset()
+    replaced_at: dict[int, int] = field(default_factory=dict)  # row -> the step at whose end its trajectory was changed
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
-        steps = self.guard.steps(len(pipe.scheduler.timesteps))
+        count = len(pipe.scheduler.timesteps)
+        steps = self.guard.steps(count)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
-        self.watch = Watch(steps, self.guard.probes, seeds)
+        self.watch = Watch(steps, self.guard.second_look(count), self.guard.probes, seeds)
         self.start = Start(copy_scheduler(pipe.scheduler), latents, generator_states(self.inputs.generator))
         self._read_level(pipe, 0)
 
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Observes, and at the deciding step resolves; returns the tensors that the host's loop shall go on with."""
+        """Observes, and where it decides resolves; returns the tensors that the host's loop shall go on with."""
+        count = len(pipe.scheduler.timesteps)
         if self.start is not None and self.watch is not None:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
-                call = with_control(self._read_call(step, timestep, tensors, lanes, self.level), pipe.unet)
-                self.observations.append(observe(call, prediction_type(pipe)))
-                if step == self.watch.steps[-1]:
-                    tensors = self._decide(pipe, call, tensors)
-                    self.start = self.walk = None  # the snapshots have served
-        count = len(pipe.scheduler.timesteps)
+                call = self._read_call(step, timestep, tensors, lanes, self.level)
+                if step == self.watch.second_look:
+                    tensors = self._look_again(pipe, call, tensors)
+                else:
+                    call = with_control(call, pipe.unet)
+                    self.observations.append(observe(call, prediction_type(pipe)))
+                    if step == self.watch.steps[-1]:
+                        tensors = self._decide(pipe, call, tensors)
+                if step == self.guard.last_step(count):
+                    self.start = self.walk = self.escalation = None  # the snapshots have served
         if step + 1 == count:
             self._verify(tensors["latents"])
         self._read_level(pipe, step + 1)
@@ -98,10 +109,8 @@ class Session:
         return lanes
 
     def _decide(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Scores all images, the one host synchronisation of a call without doubt, and resolves the flagged ones."""
-        assert self.start is not None
+        """Scores all images, one host synchronisation where none is in doubt, and resolves the flagged ones."""
         assert self.watch is not None
-        assert self.walk is not None
         detector, policy = self.guard.detector, self.guard.policy
         watch, free = self.watch, self.observations[-1]
         as_much = (2 if self.inputs.guided else 1) * len(pipe.scheduler.timesteps)
@@ -113,25 +122,53 @@ class Session:
 
         self.observations, scores = decide(detector, self.observations, ask if watch.probes else None)
         for score, spent in zip(scores, lanes_of(self.observations), strict=True):
-            self.cases.append(Case(verdict_of(score, detector.threshold), score, budget, lanes=spent))
-        if not any(case.verdict == "flag" for case in self.cases):
+            self.cases.append(Case(verdict_of(score, detector.threshold), score, call.step, budget, lanes=spent))
+        return self._resolve(pipe, call.step, tensors)
+
+    def _look_again(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Scores all images once more: those that were not flagged, and those that were rescued."""
+        detector, policy = self.guard.detector, self.guard.policy
+        memory = predicted_image(self.observations)
+        pictures = memory.clone()
+        for rescue in self.rescued:
+            pictures[rescue.row] = predicted_image(rescue.resumed.observations)[rescue.index]
+        later = look_again(call, prediction_type(pipe), pictures)
+        for row, score in enumerate(detector.score(self.observations, later).tolist()):
+            self.cases[row].look_again(verdict_of(score, detector.threshold), score, call.step)
+        for rescue in self.rescued:
+            seen = [seen.select([rescue.index]) for seen in rescue.resumed.observations]
+            score = float(detector.score(seen, later.select([rescue.row])))
+            near = float(resemblance(predicted_image([later])[rescue.row][None], memory[rescue.row][None]))
+            if not policy.accepts(score, detector.threshold, near):
+                self.cases[rescue.row].reopen(score, near)
+        self.later, self.changed = later, frozenset(self.replaced_at)
+        return self._resolve(pipe, call.step, tensors)
+
+    def _resolve(self, pipe: Any, step: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Has the plan tried on every image that is flagged and not closed."""
+        if not any(case.open for case in self.cases):
             return tensors
-        escalation = Escalation(
-            pipe,
-            self.guard,
-            self.inputs,
-            self.start,
-            self.watch,
-            self.walk,
-            self._empty(),
-            self.cases,
-            predicted_image(self.observations),
-        )
-        for rescue in escalation.run():
-            tensors = self._accept(pipe, rescue, tensors)
+        assert self.start is not None
+        assert self.watch is not None
+        assert self.walk is not None
+        if self.escalation is None:
+            self.escalation = Escalation(
+                pipe,
+                self.guard,
+                self.inputs,
+                self.start,
+                self.watch,
+                self.walk,
+                self._empty(),
+                self.cases,
+                predicted_image(self.observations),
+            )
+        self.escalation.walk = self.walk
+        for rescue in self.escalation.run():
+            tensors = self._accept(pipe, step, rescue, tensors)
         return tensors
 
-    def _accept(self, pipe: Any, rescue: Rescue, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _accept(self, pipe: Any, step: int, rescue: Rescue, tensors: dict[str, Any]) -> dict[str, Any]:
         """Puts a rescued image into the host's loop: its latents, its scheduler state, its text."""
         latents: Tensor = tensors["latents"]
         one = torch.tensor([rescue.index], device=latents.device)
@@ -139,14 +176,15 @@ class Session:
         own = select_images(rescue.resumed.scheduler, one, rescue.resumed.latents)
         replace_images(pipe.scheduler, own, row, latents)
         tensors = {**tensors, "latents": latents.index_copy(0, row, rescue.resumed.latents[one])}
-        self.rescued.append(rescue)
+        self.rescued = [other for other in self.rescued if other.row != rescue.row] + [rescue]
+        self.replaced_at[rescue.row] = step
         return tensors
 
     def _write_texts(self, tensors: dict[str, Any], step: int, count: int) -> dict[str, Any]:
         """Gives rescued images their text for step `step`: the changed one, or none while guidance is delayed."""
         prompt_embeds: Tensor = tensors["prompt_embeds"]
         for rescue in self.rescued:
-            if not is_delayed(rescue.change, (step - 1) / count) and step > self.decided_at + 1:
+            if not is_delayed(rescue.change, (step - 1) / count) and step > self.replaced_at[rescue.row] + 1:
                 continue  # it is in the loop already, and a caller's callback may have changed it since
             text = self._empty() if is_delayed(rescue.change, step / count) else rescue.change.prompt_embeds
             lane = torch.tensor([prompt_embeds.shape[0] - len(self.cases) + rescue.row], device=prompt_embeds.device)
@@ -161,12 +199,6 @@ class Session:
         alike = resemblance(latents[rows], predicted_image(self.observations)[rows]).tolist()
         for row, value in zip(rows, alike, strict=True):
             self.cases[row].relapsed = not value <= self.guard.policy.max_resemblance
-
-    @property
-    def decided_at(self) -> int:
-        """Index of the deciding step."""
-        assert self.watch is not None
-        return self.watch.steps[-1]
 
     def _read_call(
         self, step: int, timestep: Tensor, tensors: dict[str, Any], lanes: Conditioning, level: NoiseLevel
@@ -193,16 +225,17 @@ class Session:
 
     def _read_level(self, pipe: Any, step: int) -> None:
         """Reads the level that the host will make step `step` at, while the scheduler stands before it."""
-        observed = self.watch is not None and step in self.watch.steps
+        observed = self.watch is not None and (step in self.watch.steps or step == self.watch.second_look)
         self.level = read_level(pipe.scheduler, pipe.scheduler.timesteps[step]) if observed else None
 
     def records(self, images: int) -> list[GuardRecord]:
         """One record an image, in the order of the batch."""
-        table = [(seen, {name: value.tolist() for name, value in seen.values.items()}) for seen in self.observations]
+        looks = [*self.observations, *([self.later] if self.later else [])]
+        table = [(seen, {name: value.tolist() for name, value in seen.values.items()}) for seen in looks]
         if self.cases:
             return [self._record(row, case, table) for row, case in enumerate(self.cases)]
         spent = lanes_of(self.observations) or (0,) * images
-        return [self._record(row, Case("unscored", math.nan, 0, lanes=n), table) for row, n in enumerate(spent)]
+        return [self._record(row, Case("unscored", math.nan, 0, 0, lanes=n), table) for row, n in enumerate(spent)]
 
     def _record(self, row: int, case: Case, table: list[tuple[Observation, dict[str, list[float]]]]) -> GuardRecord:
         reason = None
@@ -212,13 +245,13 @@ class Session:
             verdict=case.verdict,
             outcome=case.outcome(self.guard.policy),
             score=case.score if reason is None else math.nan,
-            decided_at_step=self.watch.steps[-1] if self.watch and reason is None else None,
+            decided_at_step=case.decided_at if reason is None else None,
             dimension=self.observations[0].dimension if self.observations else 0,
             statistics=tuple(
                 StatisticValue(seen.step, name, *STATISTICS[name], values[row])
                 for seen, measured in table
                 for name, values in measured.items()
-                if name not in PROBED or row in seen.probed
+                if (name not in PROBED or row in seen.probed) and not (seen is self.later and row in self.changed)
             ),
             attempts=tuple(case.attempts),
             extra_lanes=case.lanes,

@@ -143,7 +143,7 @@ def calibrate(plan: CalibrationPlan, load: Callable[[ModelSettings], Pipeline]) 
 
 
 def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any) -> list[GuardRecord]:
-    """One batch, scored and no more: sampling ends after the deciding step, nothing is mitigated or decoded.
+    """One batch, scored and no more: sampling ends after the last look, nothing is mitigated or decoded.
 
     Args:
         pipe: A guarded pipeline; its guard is put back afterwards.
@@ -161,7 +161,7 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
     guard, calibration = pipe.guard, getattr(pipe, "calibration", None)
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step >= guard.steps(len(pipe.scheduler.timesteps))[-1]  # the host's own way to end early
+        pipe._interrupt = step >= guard.last_step(len(pipe.scheduler.timesteps))  # the host's own way to end early
         return tensors
 
     pipe.enable_guard(replace(guard, policy=Policy(max_attempts=0, on_failure="keep")))

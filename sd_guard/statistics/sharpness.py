@@ -17,6 +17,8 @@ from sd_guard.statistics.base import Denoiser, StepCall
 CONTROL_FLOOR = 0.15  # detail, in latents of unit scale, below which a control is as good as featureless
 _TINY = 1e-12  # keeps the logarithm finite for a constant prediction
 _NOTHING = 0.01  # of the control's detail: less than that is none
+_WINDOW = 3 / 8  # of the latent's side: large enough to hold a shape, small enough to lie beside a template's free part
+_FAINT = 0.02  # of a picture's mean energy, below which a window is as good as empty
 
 
 def detail(x0_hat: Tensor) -> Tensor:
@@ -81,6 +83,33 @@ def resemblance(x0_hat: Tensor, other: Tensor) -> Tensor:
     """
     cosine = torch.nn.functional.cosine_similarity(_differences(x0_hat), _differences(other), dim=1)
     return cosine.clamp(-1.0, 1.0)
+
+
+def persistence(then: Tensor, now: Tensor) -> Tensor:
+    """How much of a predicted image has stayed where it was while the noise went down.
+
+    The posterior mean is a martingale along a trajectory: what it still moves by is the width that the posterior had
+    (law of total variance). A memorized prompt's picture is settled from the start; an ordinary one's is still being
+    made up. Taken window by window, over windows of 3/8 of the latent's side, and the better half of these averaged, so
+    that a template counts whose remainder is free. In each window, the cosine of the two predictions' spatial
+    differences; windows with next to no structure count as unlike.
+
+    Args:
+        then: (B, C, H, W) predicted clean latents at a higher noise level.
+        now: (B, C, H, W) those of the same trajectories at a lower one.
+
+    Returns:
+        (B,) float32 in [-1, 1].
+    """
+    before, after = (_edges(x.float()) for x in (then, now))
+    side = max(2, round(_WINDOW * min(then.shape[-2:])))
+    shared, own, other = (
+        torch.nn.functional.avg_pool2d((a * b).sum(1, keepdim=True), side, stride=1).flatten(1)
+        for a, b in ((before, after), (before, before), (after, after))
+    )
+    faint = [_FAINT * energy.mean(1, keepdim=True) + _TINY for energy in (own, other)]
+    cosine = shared / ((own + faint[0]) * (other + faint[1])).sqrt()
+    return cosine.topk(-(-cosine.shape[1] // 2), dim=1).values.mean(1).clamp(-1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,3 +177,9 @@ class AddedDetail:
 def _differences(x: Tensor) -> Tensor:
     """(B, N) differences of neighbouring pixels along both axes."""
     return torch.cat([x.float().diff(dim=axis).flatten(1) for axis in (-1, -2)], dim=1)
+
+
+def _edges(x: Tensor) -> Tensor:
+    """(B, 2C, H, W) differences of neighbouring pixels along both axes, 0 at the far border."""
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(x.diff(dim=-1), (0, 1)), pad(x.diff(dim=-2), (0, 0, 0, 1))], dim=1)

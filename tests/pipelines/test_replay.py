@@ -189,7 +189,8 @@ def test_control_lanes() -> None:
 
 
 def test_cost() -> None:
-    assert Walk(Conditioning(torch.zeros(4, 1, 1)), (5.0, 5.0, None)).cost(3) == 2 + 2 + 1 + 3
+    walk = Walk(Conditioning(torch.zeros(4, 1, 1)), (5.0, 5.0, None))
+    assert (walk.cost(0, 3), walk.cost(1, 3), walk.cost(3, 3)) == (5, 3, 0)
 
 
 @pytest.mark.parametrize(("share", "delayed"), [(0.0, True), (0.09, True), (0.1, False), (0.2, False)])
