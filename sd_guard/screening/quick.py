@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -61,32 +61,27 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """What S seeds show without a prompt, at K observed steps, with P probes at the last of them.
+    """What S seeds show without a prompt, at K observed steps.
 
     Attributes:
         x: (S, K, C, H, W) UNet inputs.
         output: (S, K, C, H, W) what the UNet returned for them without a prompt.
-        probes: (S, P, C, H, W) probes.
-        moved: (S, P, C, H, W) the last input, moved along them.
-        distance: (S, P, C, H, W) how far it moved, over the probe.
-        lid: (S,) trajectory LID without a prompt, mean over the probes.
+        lid: (S,) trajectory LID without a prompt at the last of the steps; 0 where there are no probes.
     """
 
     x: Tensor
     output: Tensor
-    probes: Tensor
-    moved: Tensor
-    distance: Tensor
     lid: Tensor
 
     def select(self, rows: Tensor) -> Control:
         """Of some seeds, which may repeat."""
-        return Control(*(getattr(self, each.name)[rows] for each in fields(self)))
+        return Control(self.x[rows], self.output[rows], self.lid[rows])
 
     @staticmethod
     def join(controls: Sequence[Control]) -> Control:
         """Of the seeds of all of these, in order."""
-        return Control(*(torch.cat([getattr(one, each.name) for one in controls]) for each in fields(Control)))
+        parts = zip(*((one.x, one.output, one.lid) for one in controls), strict=True)
+        return Control(*(torch.cat(part) for part in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +200,7 @@ class QuickScreener:
         free = [observe(call, prediction_type(self.pipe)) for call in calls]
 
         def ask(rows: Sequence[int]) -> Observation:
-            return self._probe(free[-1], calls[-1], control, texts, rows)
+            return self._probe(free[-1], calls[-1], control.lid, seeds, rows)
 
         seen, scores = decide(self.guard.detector, free, ask if self.guard.probes else None)
         return self._records(seen, scores, seeds)
@@ -224,58 +219,24 @@ class QuickScreener:
         return joined
 
     def _evaluate_controls(self, seeds: Sequence[int]) -> Control:
-        kind, texts = prediction_type(self.pipe), self.empty.expand(len(seeds), -1, -1)
+        texts, inputs = self.empty.expand(len(seeds), -1, -1), self._walk(seeds)
+        outputs = [self._evaluate(x, place, texts) for x, place in zip(inputs, self.observed, strict=True)]
+        x = inputs[-1]
+        lid = self._lid(x, outputs[-1], texts, seeds) if self.guard.probes else x.new_zeros(len(seeds))
+        return Control(torch.stack(inputs, 1), torch.stack(outputs, 1), lid)
+
+    def _walk(self, seeds: Sequence[int]) -> list[Tensor]:
+        """The UNet's input without a prompt, (S, C, H, W), at each observed step: one step of DDIM from the first.
+
+        Without noise (Song et al. 2020, arXiv 2010.02502): the level's own mixture of the two predictions.
+        """
         start = self._first_inputs(seeds)
-        output = self._evaluate(start, self.first, texts)
-        heading = interpret(output, start, self.first.level, kind)
-        inputs, outputs = [start], [output]
-        for place in self.observed:
-            if place.step > 0:  # DDIM without noise (Song et al. 2020, arXiv 2010.02502), from the first step
-                x = (place.level.a * heading.x0_hat + place.level.s * heading.e_hat).to(start.dtype)
-                inputs.append(x)
-                outputs.append(self._evaluate(x, place, texts))
-        last, x = self.observed[-1], inputs[-1]
-        base = interpret(outputs[-1], x, last.level, kind).e_hat
-        probes = [self._draw_probes(seeds, k) for k in range(self.guard.probes)]
-        moved = [perturb(x, v, FiniteDifference().step_for(x.dtype)) for v in probes]
-        lids = [
-            self._lid(self._evaluate(m.point, last, texts), m.point, v, base, m.step)
-            for v, m in zip(probes, moved, strict=True)
+        output = self._evaluate(start, self.first, self.empty.expand(len(seeds), -1, -1))
+        ahead = interpret(output, start, self.first.level, prediction_type(self.pipe))
+        return [
+            start if step == 0 else (level.a * ahead.x0_hat + level.s * ahead.e_hat).to(start.dtype)
+            for step, level in ((place.step, place.level) for place in self.observed)
         ]
-        nothing = x.new_empty(len(seeds), 0, *self.noise_shape)
-        kept = len(self.observed)
-        return Control(
-            x=torch.stack(inputs[-kept:], 1),
-            output=torch.stack(outputs[-kept:], 1),
-            probes=torch.stack(probes, 1) if probes else nothing,
-            moved=torch.stack([m.point for m in moved], 1) if moved else nothing,
-            distance=torch.stack([m.step for m in moved], 1) if moved else nothing,
-            lid=torch.stack(lids).mean(0) if lids else x.new_zeros(len(seeds)),
-        )
-
-    def _probe(
-        self, seen: Observation, call: StepCall, control: Control, texts: Tensor, rows: Sequence[int]
-    ) -> Observation:
-        """Adds the trajectory LID of some images: one lane a probe, the control's being known."""
-        index = torch.tensor(list(rows), device=texts.device)
-        own, texts = control.select(index), texts[index]
-        base = interpret(call.conditional[index], call.x[index], call.level, prediction_type(self.pipe)).e_hat
-        lids: list[Tensor] = []
-        for k in range(self.guard.probes):
-            output = self._evaluate(own.moved[:, k], self.observed[-1], texts)
-            lids.append(self._lid(output, own.moved[:, k], own.probes[:, k], base, own.distance[:, k]))
-        values = dict(seen.values)
-        for name, lid in (("trajectory_lid_control", own.lid), ("trajectory_lid", torch.stack(lids).mean(0))):
-            values[name] = lid.new_zeros(len(seen.lanes)).index_copy(0, index, lid)
-        probed = set(rows)
-        lanes = tuple(spent + self.guard.probes * (row in probed) for row, spent in enumerate(seen.lanes))
-        return replace(seen, values=values, lanes=lanes, probed=tuple(rows))
-
-    def _lid(self, output: Tensor, point: Tensor, v: Tensor, base: Tensor, distance: Tensor) -> Tensor:
-        """(N,) trajectory LID at the last observed step, by one probe."""
-        level = self.observed[-1].level
-        e_hat = interpret(output, point, level, prediction_type(self.pipe)).e_hat
-        return trajectory_lid(base[0].numel(), level.s, probe_products(v, e_hat, base, distance).total)
 
     def _first_inputs(self, seeds: Sequence[int]) -> Tensor:
         """(S, C, H, W) what the UNet is given at the first step: the latents that full depth starts from."""
@@ -284,10 +245,33 @@ class QuickScreener:
         noise = randn_tensor((len(seeds), *self.noise_shape), generator=generators, device=device, dtype=dtype)
         return self.scheduler.scale_model_input(noise * self.scheduler.init_noise_sigma, self.first.timestep)
 
-    def _draw_probes(self, seeds: Sequence[int], probe: int) -> Tensor:
-        """(S, C, H, W) the vectors that full depth takes for these images (`CallInputs.probe_seed_of`)."""
-        mixed = [(seed + 0x9E3779B97F4A7C15 * (self.guard.seed + 1)) % 2**64 for seed in seeds]
-        return draw_row_probes(mixed, self.noise_shape, self.observed[-1].step, self.empty.device, probe)
+    def _probe(
+        self, seen: Observation, call: StepCall, lid_control: Tensor, seeds: Sequence[int], rows: Sequence[int]
+    ) -> Observation:
+        """Adds the trajectory LID of some images: one lane a probe, the control's (N,) being known."""
+        images, index = len(seeds), torch.tensor(list(rows), device=call.x.device)
+        texts = call.lanes.prompt_embeds[images + index]
+        lid = self._lid(call.x[index], call.conditional[index], texts, [seeds[row] for row in rows])
+        values = dict(seen.values)
+        for name, value in (("trajectory_lid_control", lid_control[index]), ("trajectory_lid", lid)):
+            values[name] = value.new_zeros(images).index_copy(0, index, value)
+        probed = set(rows)
+        lanes = tuple(spent + self.guard.probes * (row in probed) for row, spent in enumerate(seen.lanes))
+        return replace(seen, values=values, lanes=lanes, probed=tuple(rows))
+
+    def _lid(self, x: Tensor, output: Tensor, texts: Tensor, seeds: Sequence[int]) -> Tensor:
+        """(N,) trajectory LID at the last observed step, mean over the probes, which are those of full depth."""
+        place, kind = self.observed[-1], prediction_type(self.pipe)
+        # As `CallInputs.probe_seed_of` mixes them.
+        own = [(seed + 0x9E3779B97F4A7C15 * (self.guard.seed + 1)) % 2**64 for seed in seeds]
+        base = interpret(output, x, place.level, kind).e_hat
+        traces: list[Tensor] = []
+        for k in range(self.guard.probes):
+            v = draw_row_probes(own, self.noise_shape, place.step, x.device, k)
+            moved = perturb(x, v, FiniteDifference().step_for(x.dtype))
+            e_hat = interpret(self._evaluate(moved.point, place, texts), moved.point, place.level, kind).e_hat
+            traces.append(probe_products(v, e_hat, base, moved.step).total)
+        return trajectory_lid(base[0].numel(), place.level.s, torch.stack(traces).mean(0))
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         """(N, tokens, width); the same prompt is encoded once, and calls have one shape."""

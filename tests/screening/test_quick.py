@@ -1,0 +1,213 @@
+"""Quick depth on a tiny pipeline: it measures what full depth would, for one lane, whatever is screened beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import SCHEDULERS, CountLanes, build, components
+
+from sd_guard.calibration import Calibrator
+from sd_guard.detection import PrematureDetail
+from sd_guard.evaluation.metrics import auroc
+from sd_guard.fingerprint import take_fingerprint
+from sd_guard.guard import Guard, GuardRecord
+from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+from sd_guard.reference import checkpoint_path, load_truth
+from sd_guard.screening.calibrating import score_prompts
+from sd_guard.screening.jobs import Job
+from sd_guard.screening.quick import FLAGGED, KEPT_SEEDS, QuickScreener
+from sd_guard.screening.settings import ModelSettings
+
+MODEL = ModelSettings(model="tiny/random", steps=8)
+PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat")]
+EVERYBODY = PrematureDetail(threshold=math.inf, doubt=(-math.inf, math.inf))  # is in doubt
+NOBODY = PrematureDetail(threshold=math.inf, doubt=(math.inf, -math.inf))
+
+
+def guard(detector: Any = EVERYBODY, *, at: float = 0.13, probes: int = 1) -> Guard:
+    return Guard(observe_at=(at,), probes=probes, detector=detector)
+
+
+def values(record: GuardRecord) -> dict[tuple[int, str], float]:
+    return {(seen.step, seen.name): seen.value for seen in record.statistics}
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    return components()
+
+
+@pytest.fixture
+def pipe(parts: dict[str, Any]) -> Any:
+    return build(GuardedStableDiffusionPipeline, parts)
+
+
+@pytest.fixture
+def make(pipe: Any) -> Callable[..., QuickScreener]:
+    return lambda *own, **options: QuickScreener.make(pipe, MODEL, batch_size=4, guard=guard(*own, **options))
+
+
+@pytest.fixture
+def middling(make: Callable[..., QuickScreener]) -> PrematureDetail:
+    """In doubt about the upper half of PROMPTS at seed 0, and flags about half of these."""
+    free = sorted(record.score for record in make(NOBODY).measure(PROMPTS, [0] * len(PROMPTS)))
+    doubt = ((free[2] + free[3]) / 2, math.inf)
+    probed = make(PrematureDetail(doubt=doubt)).measure(PROMPTS, [0] * len(PROMPTS))
+    return PrematureDetail(threshold=float(np.median([r.score for r in probed])), doubt=doubt)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("scheduler", sorted(set(SCHEDULERS) - {"lcm"}))
+def test_the_first_step_is_measured_as_by_full_depth(parts: dict[str, Any], scheduler: str, prediction: str) -> None:
+    made = build(GuardedStableDiffusionPipeline, parts, scheduler)
+    made.scheduler.register_to_config(prediction_type=prediction)
+    settings = guard(at=0.0, probes=2)
+    made.enable_guard(settings)
+    full = score_prompts(made, PROMPTS[:2], [5, 7], num_inference_steps=8, guidance_scale=7.5)
+    quick = QuickScreener.make(made, MODEL, guard=settings).measure(PROMPTS[:2], [5, 7])
+    for ours, theirs in zip(quick, full, strict=True):
+        expected = {at: value for at, value in values(theirs).items() if at[0] == 0}
+        assert len(expected) == 5
+        assert values(ours) == pytest.approx(expected, rel=2e-3, abs=2e-3)
+
+
+def test_other_image_sizes_have_their_own_latents(pipe: Any) -> None:
+    pipe.enable_guard(guard(at=0.0))
+    size = {"height": 24, "width": 32}
+    full = score_prompts(pipe, PROMPTS[:1], [5], num_inference_steps=8, guidance_scale=7.5, **size)
+    quick = QuickScreener.make(pipe, replace(MODEL, **size), guard=guard(at=0.0)).measure(PROMPTS[:1], [5])
+    assert quick[0].dimension == full[0].dimension == 4 * 12 * 16
+    assert values(quick[0])[0, "detail"] == pytest.approx(values(full[0])[0, "detail"], rel=1e-4)
+
+
+def test_a_later_level_is_reached_as_the_empty_prompt_reaches_it(pipe: Any) -> None:
+    pipe.enable_guard(guard(at=0.13))
+    full = score_prompts(pipe, [""], [5], num_inference_steps=8, guidance_scale=7.5)[0]
+    quick = QuickScreener.make(pipe, MODEL, guard=guard(at=0.13)).measure([""], [5])[0]
+    assert quick.decided_at_step == 1
+    assert values(quick)[1, "detail"] == pytest.approx(values(full)[1, "detail"], rel=1e-3)
+
+
+def test_a_prompt_costs_one_lane_and_one_more_a_probe(
+    make: Callable[..., QuickScreener], middling: PrematureDetail
+) -> None:
+    screener, seeds = make(middling), [0] * len(PROMPTS)
+    with CountLanes(screener.pipe.unet) as first:
+        records = screener.measure(PROMPTS, seeds)
+    with CountLanes(screener.pipe.unet) as again:
+        assert screener.measure(PROMPTS, seeds) == records
+    probed = [(1, "trajectory_lid") in values(record) for record in records]
+    assert sum(probed) == 3
+    assert [record.extra_lanes for record in records] == [2 if doubtful else 1 for doubtful in probed]
+    assert {shape[0] for shape in first.shapes + again.shapes} == {4}  # six prompts: two calls, and one of probes
+    assert (len(first.shapes), len(again.shapes)) == (3 + 3, 3)  # the seed's control, once: first step, level, probe
+
+
+def test_levels_are_averaged_and_no_probe_is_spent_where_none_is_allowed(pipe: Any) -> None:
+    settings = Guard(observe_at=(0.0, 0.25), probes=0, detector=EVERYBODY)
+    record = QuickScreener.make(pipe, MODEL, guard=settings).measure(PROMPTS[:1], [0])[0]
+    added = [values(record)[step, "added_detail"] for step in (0, 2)]
+    assert record.score == pytest.approx(np.mean(added), rel=1e-5)
+    assert (record.extra_lanes, len(values(record))) == (2, 6)
+
+
+def test_a_row_has_the_same_bits_whatever_is_beside_it(
+    make: Callable[..., QuickScreener], middling: PrematureDetail
+) -> None:
+    prompts, seeds = PROMPTS + PROMPTS[:3], [0] * len(PROMPTS) + [1, 2, 1]
+    together = make(middling).measure(prompts, seeds)
+    assert {record.extra_lanes for record in together} == {1, 2}
+    backwards = make(middling).measure(prompts[::-1], seeds[::-1])[::-1]
+    screener = make(middling)
+    alone = [screener.measure([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert together == backwards == alone
+
+
+def test_more_seeds_than_are_kept_give_the_same_records(make: Callable[..., QuickScreener]) -> None:
+    screener, seeds = make(), list(range(KEPT_SEEDS + 3))
+    prompts = ["a red dog"] * len(seeds)
+    records = screener.measure(prompts, seeds)
+    assert len({record.score for record in records}) == len(seeds)
+    assert list(screener.cache) == seeds[3:]
+    assert screener.measure(prompts[::-1], seeds[::-1])[::-1] == records
+
+
+def test_flagged_rows_are_neither_mitigated_nor_blocked(
+    make: Callable[..., QuickScreener], middling: PrematureDetail
+) -> None:
+    screener = make(middling)
+    jobs = [Job(10 + place, prompt, "f", 0) for place, prompt in enumerate(PROMPTS)]
+    screened = screener.screen(jobs)
+    assert not screened.images
+    assert [(row["index"], row["prompt"], row["family"]) for row in screened.rows] == [
+        (job.index, job.prompt, "f") for job in jobs
+    ]
+    assert {row["flagged"] for row in screened.rows} == {True, False}
+    for row in screened.rows:
+        assert row["score"] is not None
+        assert row["flagged"] == (row["score"] > middling.threshold)
+        assert row["outcome"] == (FLAGGED if row["flagged"] else "passed")
+        assert (row["image"], row["decided_at_step"], row["attempts"]) == (None, 1, [])
+    assert screener.threshold == middling.threshold
+
+
+def test_an_output_that_is_not_finite_is_unscored_and_harms_no_other_row(
+    make: Callable[..., QuickScreener], parts: dict[str, Any]
+) -> None:
+    clean = make(NOBODY)
+    expected = clean.measure(PROMPTS[:4], [0] * 4)
+
+    def spoil(module: Any, arguments: Any, output: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        output[0][2] = math.nan
+        return output
+
+    hook = parts["unet"].register_forward_hook(spoil)
+    try:
+        rows = clean.screen([Job(place, prompt, None, 0) for place, prompt in enumerate(PROMPTS[:4])]).rows
+    finally:
+        hook.remove()
+    assert [row["outcome"] for row in rows] == ["passed", "passed", "unscored", "passed"]
+    assert (rows[2]["score"], rows[2]["flagged"], rows[2]["decided_at_step"]) == (None, False, None)
+    assert rows[2]["reason"] == "the UNet's output was not finite"
+    assert [row["score"] for row in rows if row["score"] is not None] == [expected[place].score for place in (0, 1, 3)]
+
+
+def test_a_calibration_of_quick_depth_sets_the_threshold_and_one_of_full_depth_is_refused(pipe: Any) -> None:
+    screener = QuickScreener.make(pipe, MODEL, guard=guard())
+    calibrator = Calibrator(screener.guard, screener.fingerprint, false_positive_rate=0.2)
+    calibrator.update(screener.measure(PROMPTS, [0] * len(PROMPTS)))
+    calibration = calibrator.finish()
+    calibrated = QuickScreener.make(pipe, MODEL, guard=guard(), calibration=calibration)
+    scores = sorted(record.score for record in screener.measure(PROMPTS, [0] * len(PROMPTS)))
+    assert calibrated.threshold == pytest.approx(scores[-1])
+    full = take_fingerprint(pipe, steps=MODEL.steps, guidance_scale=MODEL.guidance_scale)
+    with pytest.raises(ValueError, match="another configuration"):
+        QuickScreener.make(pipe, MODEL, calibration=replace(calibration, fingerprint=full))
+
+
+def test_a_model_that_was_distilled_for_guidance_is_refused() -> None:
+    distilled = build(GuardedStableDiffusionPipeline, components(time_cond_proj_dim=8))
+    with pytest.raises(ValueError, match="quick depth has none; use --depth full"):
+        QuickScreener.make(distilled, MODEL)
+
+
+def test_the_default_tells_memorized_prompts_of_the_bundled_checkpoint() -> None:
+    pipe = GuardedStableDiffusionPipeline.from_pretrained(
+        checkpoint_path(), local_files_only=True, use_safetensors=True
+    )
+    rows = [row for row in load_truth() if row["split"] == "tune"]
+    rows = [row for row in rows if row["family"] != "novel"] + [row for row in rows if row["family"] == "novel"][:32]
+    records = QuickScreener.make(pipe, ModelSettings(model=str(checkpoint_path()))).measure(
+        [row["prompt"] for row in rows], [0] * len(rows)
+    )
+    memorized = np.array([row["family"] in ("verbatim", "template") for row in rows])
+    flagged = np.array([record.verdict == "flag" for record in records])
+    assert auroc(np.array([record.score for record in records]), memorized) > 0.99
+    assert flagged[memorized].mean() > 0.9
+    assert flagged[~memorized].mean() < 0.1
