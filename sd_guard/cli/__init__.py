@@ -11,7 +11,7 @@ from sd_guard.cli.explaining import explain
 from sd_guard.cli.generating import generate, screen_prompts
 from sd_guard.cli.measuring import calibrate_model, evaluate_statistics, lid, pull_prompts
 from sd_guard.cli.options import BAD_ARGUMENTS, INTERRUPTED
-from sd_guard.cli.reporting import report
+from sd_guard.cli.reporting import compare, report
 
 app = typer.Typer(
     help="Flags, mitigates and verifies memorized generations of latent diffusion models.",
@@ -23,6 +23,7 @@ prompts = typer.Typer(help="Public prompt lists.", add_completion=False, rich_ma
 app.command("screen")(screen_prompts)
 app.command()(generate)
 app.command()(report)
+app.command()(compare)
 app.command("evaluate")(evaluate_statistics)
 app.command("calibrate")(calibrate_model)
 app.command()(lid)

@@ -1,4 +1,4 @@
-"""Commands that make pages to look at: report."""
+"""Commands that make pages to look at: report, compare."""
 
 from __future__ import annotations
 
@@ -7,22 +7,45 @@ from typing import Annotated
 
 import typer
 
-from sd_guard.cli.options import FAILED, one_line
-
-RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
+from sd_guard.cli.options import BAD_ARGUMENTS, FAILED, one_line
 
 
-def report(run: RunFolder) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    calibration: Annotated[Path | None, typer.Option(help="The calibration that the run was made with.")] = None,
+) -> None:
     """Write report.html anew.
 
-    The run may be unfinished.
+    The run may be unfinished. With the run's calibration, its benign scores are shown too.
     """
     with one_line(FAILED):
-        write_page(run)
+        write_page(run, calibration)
 
 
-def write_page(run: Path) -> None:
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="A run folder.")],
+    run_b: Annotated[Path, typer.Argument(help="Another one, of the same prompts.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write.  [default: compare.html in RUN_B]")] = None,
+) -> None:
+    """Compare two runs image by image.
+
+    Says what is newly flagged, no longer flagged, and how scores shifted: before and after a fine-tune, for example.
+    """
+    with one_line(BAD_ARGUMENTS):
+        if out is not None and out.suffix.lower() not in {".html", ".htm"}:
+            raise ValueError(f"{out}: is no .html; name an HTML file with --out")
+        if out is not None and not out.parent.is_dir():
+            raise ValueError(f"{out.parent}: no such folder; make it first")
+    from sd_guard.report.compare import COMPARE_FILE, compare_runs, summary, write_comparison
+
+    with one_line(FAILED):
+        comparison = compare_runs(run_a, run_b)
+        typer.echo(summary(comparison))
+        typer.echo(f"page: {write_comparison(comparison, run_a, run_b, out or run_b / COMPARE_FILE)}")
+
+
+def write_page(run: Path, calibration: Path | None) -> None:
     """Writes a run's report, and says where it is."""
     from sd_guard.report.page import write_report
 
-    typer.echo(f"report: {write_report(run)}")
+    typer.echo(f"report: {write_report(run, calibration=calibration)}")

@@ -1,4 +1,9 @@
-"""Score histograms as plain numbers, which the template draws as SVG that follows the page's colours and width."""
+"""Charts as plain numbers, which the templates draw as SVG that follows the page's colours, width and screen readers.
+
+No chart library: what is drawn are a few dozen bars and lines of numbers that are binned here. altair's own scripts are
+0.9 MB a page and need `unsafe-eval` or an interpreter; its SVG (vl-convert, 100 MB installed) has a fixed width and
+colours of its own, and matplotlib's has style attributes, which a strict policy refuses.
+"""
 
 from __future__ import annotations
 
@@ -7,119 +12,175 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sd_guard.screening.records import Row
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 BINS: Final = 48
 MAX_FAMILIES: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
+class Axis:
+    """A horizontal axis with ticks at round numbers."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def place(self, value: float) -> float:
+        """Where a value is, in percent of the width."""
+        return 100 * (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True, slots=True)
 class Bar:
-    """A bin of a histogram; all numbers in percent of the chart's width or height."""
+    """A bin of a histogram, from `low` to `high`; `left` and `width` in percent, `plain` and `marked` are counts."""
 
     left: float
     width: float
-    passed: float
-    flagged: float
+    low: float
+    high: float
+    plain: int
+    marked: int
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Scores of one family; `peak` is the count of its highest bin, which fills the height."""
+    """Values of one group; `peak` is the count of its highest bin, which fills the height."""
 
-    family: str
-    images: int
-    flagged: int
+    name: str
+    values: int
+    marked: int
     peak: int
     bars: tuple[Bar, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreChart:
-    """Histograms over one score axis.
+class HistogramChart:
+    """Histograms over one axis.
 
     Attributes:
-        histograms: One a family, in order of appearance.
-        ticks: Place on the axis in percent, and label.
-        line: Place of the threshold on the axis in percent, or None if it is unknown.
-        line_at: The threshold.
+        axis: Of them all.
+        histograms: One a group.
+        line: A value to draw a line at, or None.
     """
 
+    axis: Axis
     histograms: tuple[Histogram, ...]
-    ticks: tuple[tuple[float, str], ...]
     line: float | None
-    line_at: float | None
 
 
-def score_chart(families: Mapping[str, Sequence[Row]], threshold: float | None) -> ScoreChart | None:
-    """Bins the finite scores by family; None if there are none.
+def histogram_chart(
+    groups: Mapping[str, tuple[ArrayLike, ArrayLike]], line: float | None = None
+) -> HistogramChart | None:
+    """Bins the finite values of each group; None if there are none.
 
-    A bin begins at the threshold, so that no bar straddles it. Beyond 12 families, the smallest share a histogram.
+    A bin begins at the line, so that no bar straddles it.
+
+    Args:
+        groups: Name to values, and which of them are marked (bool), both of shape (N).
+        line: Such as the threshold; one that is not finite is none.
     """
-    scored = {
-        family: [(row["score"], row["flagged"]) for row in rows if row["score"] is not None and _finite(row["score"])]
-        for family, rows in _largest(families).items()
-    }
-    line = threshold if _finite(threshold) else None
-    values = [score for members in scored.values() for score, _ in members]
-    if not values:
+    finite = {name: _finite(*members) for name, members in groups.items()}
+    finite = {name: members for name, members in finite.items() if len(members[0])}
+    if not finite:
         return None
-    low, high, ticks = _axis([*values, *([] if line is None else [line])])
-    return ScoreChart(
-        histograms=tuple(_histogram(family, members, low, high, line) for family, members in scored.items() if members),
-        ticks=tuple((100 * (tick - low) / (high - low), f"{tick:g}") for tick in ticks),
-        line=None if line is None else 100 * (line - low) / (high - low),
-        line_at=line,
-    )
+    line = line if line is not None and math.isfinite(line) else None
+    ends = [end for values, _ in finite.values() for end in (float(values.min()), float(values.max()))]
+    axis = axis_of(ends if line is None else [*ends, line])
+    histograms = tuple(_histogram(name, *members, axis, line) for name, members in finite.items())
+    return HistogramChart(axis=axis, histograms=histograms, line=line)
 
 
-def _finite(score: float | None) -> bool:
-    return score is not None and math.isfinite(score)
-
-
-def _largest(families: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
-    if len(families) <= MAX_FAMILIES:
-        return dict(families)
-    ranked = sorted(families, key=lambda family: -len(families[family]))
-    kept = set(ranked[: MAX_FAMILIES - 1])
-    others = [row for family in ranked[MAX_FAMILIES - 1 :] for row in families[family]]
-    shown = {family: rows for family, rows in families.items() if family in kept}
-    return {**shown, f"{len(families) - len(kept)} other families": others}
-
-
-def _axis(scores: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Limits at round numbers, and four to eight ticks from one to the other."""
-    low, high = min(scores), max(scores)
+def axis_of(values: Sequence[float]) -> Axis:
+    """An axis that holds finite values, with three to eight ticks from one end to the other."""
+    low, high = min(values), max(values)
     # No narrower than a float64 can be cut into bins.
     span = max(high - low or abs(high) or 1.0, 1e-9 * max(abs(low), abs(high)), 1e-9)
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 6)
     first, last = math.floor(low / step), math.floor(high / step) + 1
-    return first * step, last * step, [round(step * i, 12) for i in range(first, last + 1)]
+    ticks = tuple(round(step * i, 12) for i in range(first, last + 1))
+    return Axis(low=first * step, high=last * step, ticks=ticks)
+
+
+def _finite(values: ArrayLike, marked: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    numbers = np.asarray(values, dtype=np.float64)
+    kept = np.isfinite(numbers)
+    return numbers[kept], np.asarray(marked, dtype=bool)[kept]
 
 
 def _histogram(
-    family: str, members: Sequence[tuple[float, bool]], low: float, high: float, line: float | None
+    name: str, values: NDArray[np.float64], marked: NDArray[np.bool_], axis: Axis, line: float | None
 ) -> Histogram:
-    width = (high - low) / BINS
-    start = low if line is None else line - math.ceil((line - low) / width) * width
-    counts = [[0, 0] for _ in range(BINS + 1)]
-    for score, flagged in members:
-        counts[max(0, min(int((score - start) / width), BINS))][flagged] += 1
-    peak = max(sum(pair) for pair in counts)
+    width = (axis.high - axis.low) / BINS
+    start = axis.low if line is None else line - math.ceil((line - axis.low) / width) * width
+    bins = np.clip(((values - start) / width).astype(np.int64), 0, BINS)
+    plain, hit = (np.bincount(bins[chosen], minlength=BINS + 1) for chosen in (~marked, marked))
     bars: list[Bar] = []
-    for place, (passed, flagged) in enumerate(counts):
-        left, right = max(low, start + place * width), min(high, start + (place + 1) * width)
-        if passed or flagged:
-            share = 100 / (high - low)
-            bars.append(
-                Bar(
-                    left=(left - low) * share,
-                    width=(right - left) * share,
-                    passed=100 * passed / peak,
-                    flagged=100 * flagged / peak,
-                )
+    for place in np.flatnonzero(plain + hit).tolist():
+        low, high = max(axis.low, start + place * width), min(axis.high, start + (place + 1) * width)
+        bars.append(
+            Bar(
+                left=axis.place(low),
+                width=axis.place(high) - axis.place(low),
+                low=low,
+                high=high,
+                plain=int(plain[place]),
+                marked=int(hit[place]),
             )
+        )
     return Histogram(
-        family=family, images=len(members), flagged=sum(flag for _, flag in members), peak=peak, bars=tuple(bars)
+        name=name, values=len(values), marked=int(marked.sum()), peak=int((plain + hit).max()), bars=tuple(bars)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepLine:
+    """One statistic of one image by step, against the band of ordinary images.
+
+    Attributes:
+        name: Of the statistic.
+        values: Step (from 0) and value, in the order of steps; at least two.
+        points: Of the line, "x,y" in percent of width and height.
+        band: Of the ordinary images' 10th to 90th percentile, as a closed outline; empty if there are none.
+        ordinary: That band at the last step, or None.
+    """
+
+    name: str
+    values: tuple[tuple[int, float], ...]
+    points: str
+    band: str
+    ordinary: tuple[float, float] | None
+
+
+Band = Mapping[int, tuple[float, float]]  # step to 10th and 90th percentile
+
+
+def step_line(name: str, values: Mapping[int, float], band: Band, limits: tuple[float, float]) -> StepLine | None:
+    """Places an image's finite values, and the band at the same steps; None for fewer than two.
+
+    Args:
+        name: Of the statistic.
+        values: Step to value.
+        band: Of ordinary images.
+        limits: Lowest and highest value of the chart, the same for all images.
+    """
+    steps = sorted(step for step, value in values.items() if math.isfinite(value))
+    if len(steps) < 2:
+        return None
+    low, span = limits[0], (limits[1] - limits[0]) or 1.0
+
+    def point(step: int, value: float) -> str:
+        height = min(max((value - low) / span, 0.0), 1.0)
+        return f"{100 * (step - steps[0]) / (steps[-1] - steps[0]):.1f},{100 - 100 * height:.1f}"
+
+    known = [step for step in steps if step in band]
+    outline = [*(point(step, band[step][1]) for step in known), *(point(step, band[step][0]) for step in known[::-1])]
+    return StepLine(
+        name=name,
+        values=tuple((step, values[step]) for step in steps),
+        points=" ".join(point(step, values[step]) for step in steps),
+        band=" ".join(outline) if len(known) > 1 else "",
+        ordinary=band.get(steps[-1]),
     )

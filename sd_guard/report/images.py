@@ -12,6 +12,7 @@ from PIL import Image
 
 MAX_SIDE: Final = 256
 TINY_SIDE: Final = 128  # at most this wide and high: kept exact, and shown with hard pixels
+BUDGET: Final = 9_000_000  # bytes of all images of a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +26,34 @@ class Picture:
 
 
 class Pictures:
-    """Reads a run's images, each file once a side; only from inside the run folder."""
+    """Reads a run's images, each file once a side; only from inside the run folder.
+
+    Attributes:
+        left_out: Images that were not read any more, for those before them had filled `BUDGET`.
+    """
 
     def __init__(self, run: Path) -> None:
+        self.left_out = 0
         self._run = run.resolve()
+        self._left = BUDGET
         self._seen: dict[tuple[str, int], Picture | None] = {}
 
     def get(self, relative: str | None, *, side: int = MAX_SIDE) -> Picture | None:
-        """The image, no side longer than `side`; None if there is none, or it is no readable image of the run."""
+        """The image, no side longer than `side`.
+
+        None if there is none, if it is no readable image of the run, or if it is left out.
+        """
         if relative is None:
+            return None
+        if self._left <= 0:
+            self.left_out += 1
             return None
         key = (relative, side)
         if key not in self._seen:
             self._seen[key] = self._read(relative, side)
-        return self._seen[key]
+        picture = self._seen[key]
+        self._left -= 0 if picture is None else len(picture.uri)
+        return picture
 
     def _read(self, relative: str, side: int) -> Picture | None:
         try:
@@ -49,13 +64,13 @@ class Pictures:
                 image = file.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
-        is_tiny = max(image.size) <= TINY_SIDE
+        is_tiny = max(image.size) <= min(TINY_SIDE, side)
         image.thumbnail((side, side))
         buffer = io.BytesIO()
         if is_tiny:
             image.save(buffer, format="PNG", optimize=True)
         else:
-            image.save(buffer, format="JPEG", quality=88)
+            image.save(buffer, format="JPEG", quality=85)
         kind = "png" if is_tiny else "jpeg"
         uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
         return Picture(uri=uri, width=image.width, height=image.height, is_tiny=is_tiny)

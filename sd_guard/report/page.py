@@ -1,164 +1,159 @@
-"""`report.html`: one page of a run, without scripts and without a network; what is shown is thinned, never silently."""
+"""`report.html`: one page of a run, without a network; what is shown is thinned, never silently."""
 
 from __future__ import annotations
 
-import math
-import unicodedata
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
+import numpy as np
 
-from sd_guard.report.charts import score_chart
-from sd_guard.report.images import Picture, Pictures
-from sd_guard.screening.records import Row, read_run, write_atomic
+from sd_guard.report.charts import MAX_FAMILIES, HistogramChart, histogram_chart
+from sd_guard.report.gallery import draw, near_groups, seed_wall, select
+from sd_guard.report.html import render_page
+from sd_guard.report.images import Pictures
+from sd_guard.report.mitigating import arrow_chart, mitigations
+from sd_guard.report.rows import NO_FAMILY, Places, RunRows, open_rows
+from sd_guard.report.texts import Texts
+from sd_guard.screening.records import Row, write_atomic
 from sd_guard.screening.settings import read_manifest
-from sd_guard.screening.summary import by_family, count
 
 REPORT_FILE: Final = "report.html"
-MAX_CARDS: Final = 200
-MAX_WALL_ROWS: Final = 12
-MAX_WALL_SEEDS: Final = 16
+MAX_TABLE_FAMILIES: Final = 40
 MAX_TABLE_ROWS: Final = 60  # statistic values shown of one image
-WALL_SIDE: Final = 128
-SHORT_PROMPT: Final = 140  # characters shown before the rest is folded away
-LONG_PROMPT: Final = 20_000
+_HASHES: Final = frozenset({"prompts", "model_fingerprint", "calibration"})
 
 
 @dataclass(frozen=True, slots=True)
-class PromptText:
-    """A prompt to show: its beginning, and all of it where that is not all."""
+class Counts:
+    """Images of one family, or of a run; `lanes` is the mean of extra lanes an image."""
 
-    short: str
-    full: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """One image of the gallery."""
-
-    row: Row
-    prompt: PromptText
-    before: Picture | None
-    after: Picture | None
-
-
-@dataclass(frozen=True, slots=True)
-class WallRow:
-    """One prompt of the seed wall: its images, unguarded where they were kept."""
-
-    prompt: PromptText
-    score: float | None
+    name: str
+    screened: int
     flagged: int
-    images: int
-    tiles: tuple[tuple[Row, Picture | None], ...]
+    rescued: int
+    blocked: int
+    unscored: int
+    lanes: float
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, *, calibration: Path | None = None) -> Path:
     """Writes `report.html` into a run folder, finished or not.
 
+    Args:
+        run: The folder.
+        calibration: The calibration file of the run, to show its benign scores too.
+
     Returns:
-        Its path.
+        The path of the page.
 
     Raises:
-        ValueError: If the folder holds no run, or a file of it is damaged.
+        ValueError: If the folder holds no run, a file of it is damaged, or the calibration is not the run's.
     """
-    rows = read_run(run)
-    html = render(run, rows, read_manifest(run))
+    manifest = read_manifest(run)
+    benign = () if calibration is None else _benign_scores(calibration, manifest)
+    html = render(run, open_rows(run), manifest, benign_scores=benign)
     path = run / REPORT_FILE
     write_atomic(path, html.encode())
     return path
 
 
-def render(run: Path, rows: Sequence[Row], manifest: dict[str, Any]) -> str:
+def render(run: Path, rows: RunRows, manifest: Mapping[str, Any], *, benign_scores: tuple[float, ...] = ()) -> str:
     """The page as text."""
-    pictures = Pictures(run)
-    ranked = sorted(rows, key=_suspicion)
-    cards = [_card(row, pictures) for row in ranked[:MAX_CARDS]]
-    families = by_family(rows)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = _number
-    environment.filters["clean"] = _clean
-    wall, wall_prompts = _seed_wall(rows, pictures)
-    return environment.get_template("template.html").render(
+    pictures, texts = Pictures(run), Texts()
+    families = rows.by_family()
+    threshold: float | None = manifest.get("threshold")
+    chosen = select(rows)
+    drawn = draw(rows, chosen, pictures, texts)
+    wall, wall_prompts = seed_wall(rows, chosen, pictures, texts)
+    return render_page(
+        "report.html",
         manifest=manifest,
-        total=count("total", rows),
-        kept=sum(row["outcome"] == "kept" for row in rows),
-        prompts=len({row["prompt"] for row in rows}),
-        counts=[count(family, members) for family, members in families.items()],
-        chart=score_chart(families, manifest.get("threshold")),
+        configuration=describe(manifest),
+        total=_count("total", rows, np.arange(len(rows))),
+        outcomes=dict(zip(*(each.tolist() for each in np.unique(rows.outcomes, return_counts=True)), strict=True)),
+        prompts=len(set(rows.prompts)),
+        counts=_counts(rows, families),
+        families=list(families),
+        chart=_score_chart(rows, families, threshold, benign_scores),
+        cards=[each for each in drawn if each.is_card],
+        lines=[each for each in drawn if not each.is_card],
+        shown_families={
+            family: place for place, family in enumerate(dict.fromkeys(_family(each.row) for each in drawn))
+        },
+        shown_outcomes=list(dict.fromkeys(each.row["outcome"] for each in drawn)),
         wall=wall,
         wall_prompts=wall_prompts,
-        flagged=[card for card in cards if card.row["flagged"]],
-        unscored=[card for card in cards if card.row["outcome"] == "unscored"],
-        passed=[card for card in cards if not card.row["flagged"] and card.row["outcome"] != "unscored"],
+        groups=near_groups(rows, chosen, texts),
+        all_groups=len(chosen.groups),
+        mitigations=mitigations(rows),
+        arrows=arrow_chart([each.row for each in drawn], threshold, texts),
+        pictures_left_out=pictures.left_out,
         max_values=MAX_TABLE_ROWS,
     )
 
 
-def _suspicion(row: Row) -> tuple[int, float]:
-    """Sorts flagged images first, then those without a score, then the rest; each by falling score."""
-    group = 0 if row["flagged"] else 1 if row["outcome"] == "unscored" else 2
-    return group, -(row["score"] if row["score"] is not None else -math.inf)
+def describe(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The configuration and versions of a run, as names and short values; what was left at its default is left out."""
+    fields = {**manifest["configuration"], **manifest.get("versions", {})}
+    return {
+        name.replace("_", " "): f"{str(value)[:16]}…" if name in _HASHES else str(value)
+        for name, value in fields.items()
+        if value is not None
+    }
 
 
-def _card(row: Row, pictures: Pictures) -> Card:
-    return Card(
-        row=row,
-        prompt=_prompt(row["prompt"]),
-        before=pictures.get(row["image_before"]),
-        after=pictures.get(row["image"]),
+def _score_chart(
+    rows: RunRows, families: Mapping[str, Places], threshold: float | None, benign_scores: tuple[float, ...]
+) -> HistogramChart | None:
+    """Scores of the calibration's benign prompts, of each family, and of the whole run where that is more than one."""
+    largest = sorted(families, key=lambda family: -len(families[family]))
+    if len(largest) > MAX_FAMILIES:
+        kept = set(largest[: MAX_FAMILIES - 1])
+        rest = np.concatenate([families[family] for family in largest[MAX_FAMILIES - 1 :]])
+        shown = {family: places for family, places in families.items() if family in kept}
+        families = {**shown, f"{len(largest) - len(kept)} other families": rest}
+    groups: dict[str, tuple[Any, Any]] = {}
+    if benign_scores:
+        above = np.asarray(benign_scores) > (np.inf if threshold is None else threshold)
+        groups["benign, of the calibration"] = (benign_scores, above)
+    groups |= {family: (rows.scores[places], rows.flagged[places]) for family, places in families.items()}
+    if len(groups) > 1:
+        groups["this run, all of it"] = (rows.scores, rows.flagged)
+    return histogram_chart(groups, threshold)
+
+
+def _counts(rows: RunRows, families: Mapping[str, Places]) -> list[Counts]:
+    """A line each of the largest families, in order of appearance."""
+    kept = set(sorted(families, key=lambda family: -len(families[family]))[:MAX_TABLE_FAMILIES])
+    return [_count(family, rows, places) for family, places in families.items() if family in kept]
+
+
+def _count(name: str, rows: RunRows, places: Places) -> Counts:
+    outcomes = rows.outcomes[places]
+    return Counts(
+        name=name,
+        screened=len(places),
+        flagged=int(rows.flagged[places].sum()),
+        rescued=int((outcomes == "rescued").sum()),
+        blocked=int((outcomes == "blocked").sum()),
+        unscored=int((outcomes == "unscored").sum()),
+        lanes=float(rows.lanes[places].mean()) if len(places) else 0.0,
     )
 
 
-def _seed_wall(rows: Sequence[Row], pictures: Pictures) -> tuple[list[WallRow], int]:
-    """Prompts with more than one seed, the highest mean score first; and how many there are before thinning."""
-    prompts: dict[str, list[Row]] = {}
-    for row in rows:
-        prompts.setdefault(row["prompt"], []).append(row)
-    several = [members for members in prompts.values() if len(members) > 1]
-    several.sort(key=lambda members: -(_mean_score(members) or -math.inf))
-    wall = [
-        WallRow(
-            prompt=_prompt(members[0]["prompt"]),
-            score=_mean_score(members),
-            flagged=sum(row["flagged"] for row in members),
-            images=len(members),
-            tiles=tuple(
-                (row, pictures.get(row["image_before"] or row["image"], side=WALL_SIDE))
-                for row in members[:MAX_WALL_SEEDS]
-            ),
-        )
-        for members in several[:MAX_WALL_ROWS]
-    ]
-    return wall, len(several)
+def _family(row: Row) -> str:
+    return row["family"] or NO_FAMILY
 
 
-def _mean_score(rows: Sequence[Row]) -> float | None:
-    scores = [row["score"] for row in rows if row["score"] is not None]
-    return sum(scores) / len(scores) if scores else None
+def _benign_scores(calibration: Path, manifest: Mapping[str, Any]) -> tuple[float, ...]:
+    from sd_guard.calibration import Calibration
 
-
-def _prompt(text: str) -> PromptText:
-    text = _clean(text)
-    if len(text) <= SHORT_PROMPT:
-        return PromptText(text, None)
-    cut = text if len(text) <= LONG_PROMPT else f"{text[:LONG_PROMPT]}… ({len(text)} characters)"
-    return PromptText(f"{text[:SHORT_PROMPT].rstrip()}…", cut)
-
-
-def _clean(text: object) -> str:
-    """Hostile text as it can be shown: control characters, which HTML has no place for, become a visible sign."""
-    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in str(text))
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:#.3g}"
+    scores = Calibration.load(calibration).benign_scores
+    known = manifest["configuration"].get("calibration")
+    if known != hashlib.sha256(calibration.read_bytes()).hexdigest():
+        used = "no calibration" if known is None else "another one"
+        raise ValueError(f"{calibration}: the run was made with {used}; leave --calibration out, or name the run's own")
+    return scores

@@ -1,60 +1,25 @@
 """The report: hostile text stays text, nothing is fetched, what is thinned is said."""
 
+import base64
+import hashlib
 import itertools
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
+from report.runs import HOSTILE, attempt, flagged_row, make_run, prompt_of, row, save_image
 
-from sd_guard.report import page
-from sd_guard.report.charts import score_chart
+from sd_guard.calibration import Calibration
+from sd_guard.fingerprint import Fingerprint
+from sd_guard.report import gallery, images, texts
 from sd_guard.report.images import Pictures
-from sd_guard.report.page import write_report
-from sd_guard.screening.records import Row, unscored_row, write_shard
+from sd_guard.report.page import MAX_TABLE_FAMILIES, render, write_report
+from sd_guard.report.rows import rows_of
+from sd_guard.screening.settings import read_manifest
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</style><img src=x onerror=alert(1)>",
-    '" onload="alert(1)',
-    "\u202ereversed \u05e9\u05dc\u05d5\u05dd",
-    "nul \x00 bell \x07 escape \x1b[31m",
-    "{{ 7 * 7 }}",
-    "long " * 2000,
-    "http://evil.example/x.png",
-]
-
-
-def row(index: int, **changes: Any) -> Row:
-    base = unscored_row(prompt=f"prompt {index}", family="f", seed=0, index=index, reason="")
-    known: dict[str, Any] = {"outcome": "passed", "score": index / 1000, "reason": None, "fingerprint": "x"}
-    return {**base, **known, **changes}  # type: ignore[typeddict-item,return-value]
-
-
-def make_run(folder: Path, rows: list[Row]) -> Path:
-    write_shard(folder, rows)
-    manifest = {
-        "prompts": "list.csv",
-        "images": len(rows),
-        "threshold": 0.5,
-        "configuration": {"steps": 50, "guidance_scale": 7.5, "model": "<b>model</b>"},
-        "versions": {"torch": "2"},
-        "started": "2026-11-24T06:00:00+00:00",
-        "finished": None,
-    }
-    (folder / "run.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def save_image(run: Path, name: str, side: int = 16) -> str:
-    (run / "images").mkdir(exist_ok=True)
-    Image.new("RGB", (side, side), (200, 30, 30)).save(run / "images" / name)
-    return f"images/{name}"
+SVG_AND_OURS = ("data:image/", "#", "data:,")
 
 
 class Reader(HTMLParser):
@@ -78,28 +43,20 @@ class Reader(HTMLParser):
 @pytest.fixture
 def hostile(tmp_path: Path) -> tuple[Reader, str]:
     picture = save_image(tmp_path, "a.png")
-    attempt = {
-        "mitigation": "<i>m</i>",
-        "strength": 1.0,
-        "resumed_from_step": 2,
-        "score": float("nan"),
-        "resemblance": 0.9,
-        "passed": False,
-        "prompt": "<script>rewritten</script>",
-    }
+    tried = attempt(mitigation="<i>m</i>", score=float("nan"), passed=False, prompt="<script>rewritten</script>")
     value = {"step": 1, "name": "<u>detail</u>", "point": "x_t", "lane": "cond", "value": 0.5}
-    changes = {"flagged": True, "image": picture, "statistics": [value], "attempts": [attempt]}
+    changes = {"flagged": True, "image": picture, "statistics": [value], "attempts": [tried], "outcome": "blocked"}
     rows = [row(i, prompt=text, family=text[:90], reason=text[:90], **changes) for i, text in enumerate(HOSTILE)]
     rows += [row(len(rows) + i, prompt=text, seed=1, outcome="unscored", score=None) for i, text in enumerate(HOSTILE)]
-    rows = [{**each, "outcome": "blocked" if each["flagged"] else each["outcome"]} for each in rows]
     html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
     return Reader(html), html
 
 
 def test_hostile_text_is_shown_as_text(hostile: tuple[Reader, str]) -> None:
     reader, html = hostile
-    assert not {"script", "iframe", "object", "link", "base", "form", "i", "u", "b"} & set(reader.tags)
-    assert not [name for name, _ in reader.attributes if name.startswith("on")]
+    assert not {"iframe", "object", "base", "form", "i", "u", "b"} & set(reader.tags)
+    assert reader.tags.count("script") == reader.tags.count("style") == 1
+    assert not [name for name, _ in reader.attributes if name.startswith("on") or name == "style"]
     shown = "".join(reader.text)
     for text in (*HOSTILE[:4], HOSTILE[5], HOSTILE[6].strip(), HOSTILE[7], "<script>rewritten</script>"):
         assert text in shown
@@ -107,48 +64,118 @@ def test_hostile_text_is_shown_as_text(hostile: tuple[Reader, str]) -> None:
     assert reader.attributes.count(("dir", "auto")) >= 2 * len(HOSTILE)
 
 
-def test_nothing_is_fetched(hostile: tuple[Reader, str]) -> None:
+def test_nothing_is_fetched_and_only_our_script_and_style_run(hostile: tuple[Reader, str]) -> None:
     reader, html = hostile
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    assert ("content", policy) in reader.attributes
+    (policy,) = [value for name, value in reader.attributes if name == "content" and "default-src" in (value or "")]
+    assert policy is not None
+    for kind in ("script", "style"):
+        (text,) = re.findall(f"<{kind}>(.*?)</{kind}>", html, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'; img-src data:; ") and "unsafe" not in policy
     assert not re.search(r"url\(|@import", html)
     for name, value in reader.attributes:
         if name in {"src", "href", "xlink:href", "srcset", "action", "poster", "data"}:
-            assert value is not None
-            assert value.startswith(("data:image/", "#"))
+            assert value is not None and value.startswith(SVG_AND_OURS)
     assert "http" not in html.replace("http-equiv", "").replace("http://evil.example", "")
 
 
 def test_every_image_has_an_alternative_and_headings_descend(hostile: tuple[Reader, str]) -> None:
     reader, html = hostile
     assert len(re.findall(r"<img [^>]*alt=\"[^\"]+\"", html)) == reader.tags.count("img") > 0
+    assert len(re.findall(r"<svg [^>]*role=\"img\"[^>]*aria-label=\"[^\"]+\"", html)) == html.count('role="img"') > 0
     levels = [int(tag[1]) for tag in reader.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
-def test_the_gallery_is_thinned_and_says_so(tmp_path: Path) -> None:
-    rows = [
-        row(i, flagged=i % 3 == 0, outcome="rescued" if i % 3 == 0 else "passed") for i in range(page.MAX_CARDS + 50)
-    ]
+def test_what_is_drawn_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "MAX_DRAWN", 60)
+    monkeypatch.setattr(gallery, "MAX_CARDS", 20)
+    rows = [flagged_row(i) if i % 3 == 0 else row(i) for i in range(90)]
     html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
-    assert html.count("<article") == page.MAX_CARDS
-    assert f"{page.MAX_CARDS} of {len(rows)} images" in html
+    assert html.count('<li class="card"') == 20
+    assert html.count('<li class="line"') == 40
+    assert "60 of 90 images; the others are in the records" in html
     assert "This run is not finished" in html
-    assert html.index("prompt 249<") < html.index("prompt 3<") < html.index("prompt 248<")
+    order = [html.index(f">{prompt_of(i)}<") for i in (87, 30, 0, 89, 88)]
+    assert order == sorted(order)
+
+
+def test_families_are_thinned_and_say_so(tmp_path: Path) -> None:
+    rows = [row(i, family=f"family {i}") for i in range(MAX_TABLE_FAMILIES + 5)]
+    html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
+    assert f"The {MAX_TABLE_FAMILIES} largest of {len(rows)} families" in html
+    assert f"{len(rows) - 11} other families" in html
 
 
 def test_seeds_of_one_prompt_stand_side_by_side(tmp_path: Path) -> None:
-    rows = [row(i, prompt="same", seed=i, image=save_image(tmp_path, f"{i}.png")) for i in range(3)]
+    rows = [row(i, prompt="same", seed=i, image=save_image(tmp_path / "a", f"{i}.png")) for i in range(3)]
+    assert "The seed wall" in write_report(make_run(tmp_path / "a", rows)).read_text(encoding="utf-8")
+    assert "The seed wall" not in write_report(make_run(tmp_path / "b", [rows[0], row(1), row(2)])).read_text()
+    bare = [{**each, "image": None} for each in rows]
+    assert "The seed wall" not in write_report(make_run(tmp_path / "c", bare)).read_text()  # type: ignore[arg-type]
+
+
+def test_a_quick_run_is_a_list(tmp_path: Path) -> None:
+    rows = [row(0, flagged=True, outcome="flagged", score=2.0), row(1, outcome="unscored", score=None, reason="why")]
+    html = write_report(make_run(tmp_path, [*rows, row(2)])).read_text(encoding="utf-8")
+    assert html.count('<li class="line"') == 3
+    assert '<li class="card"' not in html
+    assert "1 image was flagged by the first steps alone (quick depth)" in html
+    assert ">The list <" in html and " bare" in html and "What mitigation" not in html
+
+
+def test_words_and_map_are_shown_where_a_run_has_them(tmp_path: Path) -> None:
+    words = [
+        {"word": "<b>two</b>", "weight": 0.75},
+        {"word": "words", "weight": 0.25},
+        {"word": "of", "weight": -1.0},
+        {"word": "many", "weight": float("nan")},
+    ]
+    known = flagged_row(0, prompt="<b>two</b> words of many", image=save_image(tmp_path, "a.png"))
+    rows: list[dict[str, Any]] = [
+        {**known, "words": words, "map": save_image(tmp_path, "map.png", 8)},
+        {**flagged_row(1, image="images/a.png"), "words": None, "map": None},
+    ]
+    run = make_run(tmp_path, [known])
+    html = render(run, rows_of(rows), read_manifest(run))
+    assert [f'<mark class="tint-{tint}">' in html for tint in range(6)] == [True, False, True, False, False, True]
+    assert "Carried by <bdi>&lt;b&gt;two&lt;/b&gt;</bdi> 0.750, <bdi>words</bdi> 0.250" in html
+    assert html.count("where it is pinned") == 1
+
+
+def test_near_duplicates_are_gathered_and_yield_their_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "MAX_CARDS", 2)
+    near = [flagged_row(3 - i, prompt=f"a cat on a long red mat in the sun{'!' * i}", seed=i) for i in range(3)]
+    other = flagged_row(0, prompt="quite another thing")
+    html = write_report(make_run(tmp_path, sorted([*near, other], key=lambda each: each["index"]))).read_text()
+    cards = re.findall(r'<li class="card".*?</li>\n', html, flags=re.DOTALL)
+    assert len(cards) == 2
+    assert "a cat on a long red mat in the sun<" in cards[0] and "2 near-duplicates of this prompt" in cards[0]
+    assert "quite another thing" in cards[1]
+    assert "3 prompts, 3 images, 3 flagged, score 1.00" in html
+
+
+def test_long_prompts_are_cut_once_they_fill_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "BUDGET", 15_000)
+    rows = [row(i, prompt=f"{i} {'& ' * 1000}end{i}") for i in range(4)]
     html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
-    assert "The seed wall" in html
-    assert "The seed wall" not in write_report(make_run(tmp_path, [rows[0], row(1), row(2)])).read_text()
+    assert [f"end{i}<" in html for i in range(4)] == [False, False, True, True]
+    assert html.count("the first 140 of 2006 characters; all of it is in the records") == 2
+
+
+def test_pictures_are_left_out_once_they_fill_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "BUDGET", 1)
+    rows = [flagged_row(i, image=save_image(tmp_path, f"{i}.png")) for i in range(3)]
+    html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
+    assert html.count("<img") == 1
+    assert "2 pictures were left out to keep this page small" in html
 
 
 def test_images_are_downscaled_and_never_read_from_outside(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    save_image(tmp_path / "run", "large.png", 600)
+    save_image(run, "large.png", 600)
     save_image(tmp_path, "secret.png")
     (run / "images" / "broken.png").write_bytes(b"no image")
     pictures = Pictures(run)
@@ -159,17 +186,24 @@ def test_images_are_downscaled_and_never_read_from_outside(tmp_path: Path) -> No
         assert pictures.get(outside) is None
 
 
-@given(
-    scores=st.lists(st.tuples(st.floats(-1e6, 1e6), st.booleans()), min_size=1, max_size=30),
-    threshold=st.none() | st.floats(-1e6, 1e6),
-)
-def test_charts_stay_inside_and_count_every_score(scores: list[tuple[float, bool]], threshold: float | None) -> None:
-    chart = score_chart({"f": [row(0, score=score, flagged=flagged) for score, flagged in scores]}, threshold)
-    assert chart is not None
-    (histogram,) = chart.histograms
-    total = sum(bar.passed + bar.flagged for bar in histogram.bars) * histogram.peak / 100
-    assert total == pytest.approx(len(scores))
-    for bar in histogram.bars:
-        assert -1e-6 <= bar.left <= bar.left + bar.width <= 100 + 1e-6
-    assert chart.line is None or -1e-6 <= chart.line <= 100 + 1e-6
-    assert score_chart({"f": [row(0, score=None)]}, None) is None
+def test_benign_scores_of_the_runs_own_calibration_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    Calibration(
+        fingerprint=Fingerprint("m", "s", 50, "7.5", "float32"),
+        false_positive_rate=0.1,
+        images=3,
+        observe_at=(0.1,),
+        look_again_at=None,
+        probes=2,
+        thresholds={3: 0.5},
+        detector={},
+        benign_scores=(-1.0, 0.0, 0.75),
+    ).save(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    own = make_run(tmp_path / "own", [row(0)], configuration={"calibration": digest}, threshold=0.5)
+    html = write_report(own, calibration=path).read_text(encoding="utf-8")
+    assert "benign, of the calibration" in html and "3 scored, 1 flagged" in html
+    other = make_run(tmp_path / "other", [row(0)], configuration={"calibration": None})
+    with pytest.raises(ValueError, match="made with no calibration; leave --calibration out"):
+        write_report(other, calibration=path)
+    assert not (other / "report.html").exists()
