@@ -10,9 +10,9 @@ from typing import Final
 
 from PIL import Image
 
-MAX_SIDE: Final = 256
+MAX_SIDE: Final = 224
 TINY_SIDE: Final = 128  # at most this wide and high: kept exact, and shown with hard pixels
-BUDGET: Final = 9_000_000  # bytes of all images of a page
+BUDGET: Final = 7_000_000  # bytes of all images of a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Pictures:
         if is_tiny:
             image.save(buffer, format="PNG", optimize=True)
         else:
-            image.save(buffer, format="JPEG", quality=85)
+            image.save(buffer, format="JPEG", quality=80)
         kind = "png" if is_tiny else "jpeg"
         uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
         return Picture(uri=uri, width=image.width, height=image.height, is_tiny=is_tiny)

@@ -52,9 +52,9 @@ def write_report(run: Path, *, calibration: Path | None = None) -> Path:
     Raises:
         ValueError: If the folder holds no run, a file of it is damaged, or the calibration is not the run's.
     """
-    manifest = read_manifest(run)
+    rows, manifest = open_rows(run), read_manifest(run)
     benign = () if calibration is None else _benign_scores(calibration, manifest)
-    html = render(run, open_rows(run), manifest, benign_scores=benign)
+    html = render(run, rows, manifest, benign_scores=benign)
     path = run / REPORT_FILE
     write_atomic(path, html.encode())
     return path

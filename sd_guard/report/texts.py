@@ -10,7 +10,7 @@ from typing import Final
 
 SHORT: Final = 140  # characters shown before the rest is folded away
 LONG: Final = 20_000  # characters shown at all
-BUDGET: Final = 2_500_000  # bytes of folded text a page, as HTML
+BUDGET: Final = 2_000_000  # bytes of folded text a page, as HTML
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

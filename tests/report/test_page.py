@@ -181,7 +181,7 @@ def test_images_are_downscaled_and_never_read_from_outside(tmp_path: Path) -> No
     pictures = Pictures(run)
     large = pictures.get("images/large.png")
     assert large is not None
-    assert (large.width, large.height, large.is_tiny) == (256, 256, False)
+    assert (large.width, large.height, large.is_tiny) == (224, 224, False)
     for outside in ("../images/secret.png", str(tmp_path / "images" / "secret.png"), "images/broken.png", "none.png"):
         assert pictures.get(outside) is None
 
