@@ -57,10 +57,28 @@ def write_prompts(rows: Sequence[PromptTruth], path: Path) -> Path:
 
 
 def flagged(measurements: Any, threshold: float) -> dict[str, float]:
-    """Share of images that the guard flags, by family."""
+    """Share of images that the guard flags at either look, by family: a score never falls."""
     rows = [row for row in measurements.to_pylist() if row["statistic"] == GUARD]
+    rows = [row for row in rows if row["step"] == max(row["step"] for row in rows)]
     families = sorted({row["family"] for row in rows})
     return {f: round(float(np.mean([r["value"] > threshold for r in rows if r["family"] == f])), 4) for f in families}
+
+
+def above_the_guard(table: Any) -> list[dict[str, Any]]:
+    """Statistics that do better than the guard, one image a decision: each step against the guard's last look so far.
+
+    Steps before the guard's first look are compared with that.
+    """
+    rows = [row for row in table.to_pylist() if row["images"] == 1 and row["question"].endswith("novel + plain")]
+    own = sorted((row for row in rows if row["statistic"] == GUARD), key=lambda row: row["step"])
+    found = []
+    for row in rows:
+        looks = [look for look in own if look["question"] == row["question"]]
+        last = next((look for look in reversed(looks) if look["step"] <= row["step"]), looks[0])
+        if row["statistic"] != GUARD and row["auroc"] > last["auroc"]:
+            asked = {key: row[key] for key in ("statistic", "step", "question")}
+            found.append({**asked, "auroc": round(row["auroc"], 5), "guard": round(last["auroc"], 5)})
+    return found
 
 
 def shortened(row: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +120,16 @@ def main() -> None:
         },
         "threshold": guard.detector.threshold,
         "flagged": flagged(measurements, guard.detector.threshold),
+        "above_the_guard": above_the_guard(table),
+        "looks": {
+            f"{question}, {images} image{'s' * (images > 1)}": [
+                shortened(r)
+                for r in table.to_pylist()
+                if (r["statistic"], r["question"], r["images"]) == (GUARD, question, images)
+            ]
+            for question in QUESTIONS
+            for images in sorted({1, args.seeds})
+        },
         "best_steps": {
             f"{question}, {images} image{'s' * (images > 1)}": [
                 shortened(r) for r in best_steps(table, question, images)

@@ -34,7 +34,7 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def detection_table(result: dict[str, Any]) -> str:
-    """The guard first, then each statistic, the best on verbatim prompts first; each at its own best step."""
+    """The guard's looks first, then each statistic, the best on verbatim prompts first; each at its own best step."""
     asked = [f"{kind} / novel + plain, {n}" for kind in ("verbatim", "template") for n in ("1 image", "4 images")]
     columns = [{row["statistic"]: row for row in result["best_steps"][question]} for question in asked]
     merits: dict[str, float] = {}
@@ -42,10 +42,13 @@ def detection_table(result: dict[str, Any]) -> str:
         for name, row in column.items():
             merits.setdefault(name, row["auroc"])
     rows: list[tuple[Any, ...]] = []
-    for name in sorted(merits, key=lambda name: (name != "guard", -merits[name])):
+    for place, name in enumerate(("first", "second")):
+        looks = [sorted(result["looks"][question], key=lambda row: row["step"])[place] for question in asked]
+        rows.append((f"**guard**, {name} look", f"{looks[0]['lanes']:.3g}", *map(cell, looks)))
+    for name in sorted(set(merits) - {"guard"}, key=lambda name: -merits[name]):
         lanes = next(column[name]["lanes"] for column in columns if name in column)
         cells = [cell(column[name]) if name in column else "-" for column in columns]
-        rows.append((f"**{name}**" if name == "guard" else name, f"{lanes:.3g}", *cells))
+        rows.append((name, f"{lanes:.3g}", *cells))
     return table(("statistic", "extra lanes", "verbatim, n = 1", "n = 4", "template, n = 1", "n = 4"), rows)
 
 
@@ -64,12 +67,12 @@ def conformal(result: dict[str, Any]) -> str:
 
 
 def above(result: dict[str, Any]) -> str:
-    """Statistics that do better than the guard, at some step."""
-    found: list[str] = []
-    for kind in ("verbatim", "template"):
-        rows = {row["statistic"]: row for row in result["best_steps"][f"{kind} / novel + plain, 1 image"]}
-        best = rows["guard"]["auroc"]
-        found += [f"{name} at step {r['step']} ({kind})" for name, r in rows.items() if r["auroc"] > best]
+    """Statistics that do better than the guard does by the same step."""
+    found = [
+        f"{row['statistic']} at step {row['step']} ({row['question'].split(' / ')[0]}, {row['auroc']:.5f} against "
+        f"{row['guard']:.5f})"
+        for row in result["above_the_guard"]
+    ]
     return ", ".join(found) or "none"
 
 

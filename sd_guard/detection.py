@@ -68,7 +68,7 @@ class PrematureDetail:
         ValueError: a threshold that is NaN, or a weight by which a later look could lower a score.
     """
 
-    threshold: float = 0.35
+    threshold: float = 0.3
     doubt: tuple[float, float] = (0.0, 0.6)
     lid_weight: float = 10.0
     ordinary_deficit: float = 0.005

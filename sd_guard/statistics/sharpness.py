@@ -62,7 +62,7 @@ def added_detail(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
         x0_hat_control: (B, C, H, W) the unconditional prediction at the same latent and noise level.
 
     Returns:
-        (B,); about -0.2 for ordinary prompts early in the trajectory, above 0.25 for premature detail, at least -4.6.
+        (B,); about -0.2 for ordinary prompts early in the trajectory, above 0.3 for premature detail, at least -4.6.
     """
     control = detail(x0_hat_control).clamp(min=CONTROL_FLOOR)
     added = detail(x0_hat.float() - x0_hat_control.float()) / control
