@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sd_guard.cli.options import (
     BAD_ARGUMENTS,
     FAILED,
-    BatchSize,
     Budget,
     CalibrationFile,
     Device,
@@ -21,7 +19,6 @@ from sd_guard.cli.options import (
     Model,
     Pixels,
     Precision,
-    PromptFile,
     Resume,
     Seeds,
     Steps,
@@ -31,17 +28,32 @@ from sd_guard.cli.options import (
     one_line,
 )
 from sd_guard.cli.reporting import write_page
-from sd_guard.screening.settings import ModelSettings, RunSettings, check_seed
+from sd_guard.screening.prompts import Format
+from sd_guard.screening.settings import (
+    BATCH_SIZES,
+    Depth,
+    Engine,
+    ModelSettings,
+    RunSettings,
+    check_engine,
+    check_metrics_file,
+    check_seed,
+)
+
+if TYPE_CHECKING:
+    from sd_guard.screening.runner import Plan
+    from sd_guard.screening.summary import Summary
 
 
 def screen_prompts(
-    prompts: PromptFile,
-    out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    prompts: Annotated[str, typer.Argument(help="A list (.txt, .csv, .jsonl, .parquet; gzipped), a glob, or -.")],
+    out: Annotated[str, typer.Option(help="The run folder to write, or an address such as s3://bucket/run.")],
     model: Model = None,
     calibration: CalibrationFile = None,
+    depth: Annotated[Depth, typer.Option(help="quick: first steps, no images. auto: full where needed.")] = "full",
     seeds: Seeds = 1,
     seed: FirstSeed = 0,
-    batch_size: BatchSize = 16,
+    batch_size: Annotated[int | None, typer.Option(help="Images a batch.  [default: by depth]")] = None,
     steps: Steps = 50,
     guidance_scale: Guidance = 7.5,
     budget: Budget = None,
@@ -52,15 +64,27 @@ def screen_prompts(
     dtype: Precision = "float32",
     height: Pixels = None,
     width: Pixels = None,
+    format: Annotated[Format | None, typer.Option(help="Of the list.  [default: by its extension]")] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave malformed rows out, and list them in skipped.txt.")] = False,
+    fold_duplicates: Annotated[
+        bool, typer.Option(help="Screen once what differs by case or Unicode form; see duplicates.parquet.")
+    ] = False,
+    max_unscored: Annotated[float, typer.Option(help="Stop when a larger share cannot be scored.")] = 0.5,
+    metrics_file: Annotated[Path | None, typer.Option(help="Progress for Prometheus' textfile collector.")] = None,
+    engine: Annotated[Engine, typer.Option(help="local: this process, or those of accelerate launch.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Of ray.  [default: its GPUs, or 2]")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="Of a Ray cluster.  [default: one on this machine]")] = None,
 ) -> None:
     """Screen a list of prompts.
 
     Writes records.parquet, images and report.html, and ends with a table.
     """
-    from sd_guard.screening.loading import load_pipeline
-    from sd_guard.screening.runner import plan_run, screen
-    from sd_guard.screening.summary import drift_warning, summary_table
+    from sd_guard.screening.processes import join_processes, wait_until
+    from sd_guard.screening.runner import join_run, plan_run, screen
 
+    processes = join_processes()
+    if processes.rank > 0:
+        wait_until(processes, "planned", 1)  # what is wrong with the arguments is said once, by rank 0
     with one_line(BAD_ARGUMENTS):
         settings = RunSettings(
             prompts=prompts,
@@ -77,24 +101,48 @@ def screen_prompts(
                 height=height,
                 width=width,
             ),
+            format=format,
+            depth=depth,
             seeds=seeds,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=BATCH_SIZES[depth] if batch_size is None else batch_size,
             keep_before=keep_before,
+            fold_duplicates=fold_duplicates,
+            skip_bad=skip_bad,
+            max_unscored=max_unscored,
         )
-        plan = plan_run(settings, resume=resume)
-    with one_line(FAILED):
-        with interruptible(out):
-            rows = screen(plan, load_pipeline)
-        typer.echo(summary_table(rows))
-        if calibration is not None and (warning := drift_warning(rows, calibration)) is not None:
-            typer.echo(f"warning: {warning}", err=True)
-        write_page(out, calibration)
-    reasons = Counter((row["reason"] or "no reason").split(":")[0] for row in rows if row["outcome"] == "unscored")
-    if reasons:
-        causes = ", ".join(f"{reason} x {times}" for reason, times in reasons.most_common(3))
-        typer.echo(f"warning: {reasons.total()} images are unscored ({causes}); see `reason` in the records", err=True)
-    if reasons.total() == len(rows):
+        cluster = check_engine(engine, workers=workers, address=ray_address, processes=processes.size)
+        check_metrics_file(metrics_file)
+        plan = join_run(settings) if processes.rank > 0 else plan_run(settings, resume=resume)
+        processes.add("planned", 1)
+    with one_line(FAILED), interruptible(Path(out)):
+        if cluster is not None:
+            from sd_guard.screening.ray import screen_with_ray
+
+            summary = screen_with_ray(plan, cluster, metrics_file=metrics_file)
+        else:
+            summary = screen(plan, processes=processes, metrics_file=metrics_file)
+        if summary is not None:
+            _conclude(plan, summary)
+
+
+def _conclude(plan: Plan, summary: Summary) -> None:
+    """The end of a run: the table, what there is to say, and the report; fails if nothing could be scored."""
+    from sd_guard.screening.summary import drift_warning, scores_of
+
+    calibration = plan.settings.model.calibration
+    typer.echo(summary.table())
+    if calibration is not None and (warning := drift_warning(scores_of(plan.store), calibration)) is not None:
+        typer.echo(f"warning: {warning}", err=True)
+    if plan.store.local is not None:
+        write_page(plan.store.local, calibration)
+    else:
+        typer.echo(f"report: none is written at an address; copy {plan.store.address} here, then sd-guard report")
+    if summary.reasons:
+        causes = ", ".join(f"{reason} x {times}" for reason, times in summary.reasons.most_common(3))
+        unscored = summary.total.unscored
+        typer.echo(f"warning: {unscored} images are unscored ({causes}); see `reason` in the records", err=True)
+    if summary.total.unscored == summary.total.screened:
         raise typer.Exit(FAILED)
 
 
@@ -141,7 +189,7 @@ def generate(
         )
     with one_line(FAILED):
         from sd_guard.screening.loading import load_pipeline
-        from sd_guard.screening.runner import generate_one
+        from sd_guard.screening.screener import generate_one
 
         row = generate_one(load_pipeline(settings), prompt, settings, seed=seed, out=out)
     score = "none" if row["score"] is None else f"{row['score']:.3g}"

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sd_guard.screening.jobs import Job
 from sd_guard.screening.loading import first_line
 from sd_guard.screening.prompts import MAX_SEED, PromptRow, read_prompts
 from sd_guard.screening.records import write_atomic
-from sd_guard.screening.runner import Job, Pipeline
-from sd_guard.screening.settings import ModelSettings, RunSettings, package_version
+from sd_guard.screening.screener import Pipeline
+from sd_guard.screening.settings import ModelSettings, RunSettings
 
 if TYPE_CHECKING:
     from sd_guard.calibration import Calibration
@@ -70,7 +71,7 @@ class CalibrationSettings:
     def configuration(self) -> dict[str, Any]:
         """What decides the scores: resumed work must have the same."""
         memorized = None if self.memorized is None else hashlib.sha256(self.memorized.read_bytes()).hexdigest()
-        return {**self._as_run().configuration(), "memorized": memorized, "version": package_version("sd-guard")}
+        return {**self._as_run().configuration(), "memorized": memorized}
 
     def _as_run(self) -> RunSettings:
         """Checks `seeds`, `seed` and `batch_size` as a run does."""

@@ -1,16 +1,42 @@
-"""Loads the guarded pipeline quietly; the only place of the command line that imports torch and diffusers."""
+"""Loads the guarded pipeline quietly, and makes screeners of it; torch and diffusers are imported no earlier."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sd_guard.screening.settings import ModelSettings
+from sd_guard.screening.settings import BATCH_SIZES, ModelSettings, RunSettings
 
 if TYPE_CHECKING:
     from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+    from sd_guard.screening.screener import Screener
+
+
+def load_screener(settings: RunSettings) -> Screener:
+    """Loads the model, and makes the screener of the depth that is asked for.
+
+    A calibration is of one depth: with `auto` it is that of the images.
+
+    Raises:
+        ValueError: As `load_pipeline`, or if the calibration is of another configuration.
+    """
+    from sd_guard.screening.screener import AutoScreener, FullScreener
+
+    model, quickly = settings.model, settings.depth == "quick"
+    pipe = load_pipeline(replace(model, calibration=None) if quickly else model)
+    full = FullScreener(pipe, model, keep_before=settings.keep_before)
+    if settings.depth == "full":
+        return full
+    from sd_guard.calibration import Calibration
+    from sd_guard.screening.quick import QuickScreener
+
+    calibration = Calibration.load(model.calibration) if quickly and model.calibration is not None else None
+    quick = QuickScreener.make(pipe, model, calibration=calibration)
+    return quick if quickly else AutoScreener(quick, full, BATCH_SIZES["full"])
 
 
 def load_pipeline(settings: ModelSettings) -> GuardedStableDiffusionPipeline:
@@ -26,6 +52,8 @@ def load_pipeline(settings: ModelSettings) -> GuardedStableDiffusionPipeline:
     from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and (ranks := torch.cuda.device_count()):
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % ranks}"  # each process of a launcher has its own
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,5 +1,8 @@
 """Records of a run: one row an image, in Arrow.
 
+While it runs, a run's rows are shards, a file a batch, whose name says which rows it holds:
+`shards/START-COUNT-FLAGGED-UNSCORED.parquet`. When it is finished they are one file, `records.parquet`.
+
 The first ten columns, in this order, are a contract with other readers.
 
 | column | type | meaning |
@@ -10,7 +13,8 @@ The first ten columns, in this order, are a contract with other readers.
 | `score` | float64, nullable | the deciding statistic before any mitigation, no unit; higher = more memorized; |
 |   |   | comparable across the run; null when the image could not be scored |
 | `flagged` | bool | the verdict before mitigation; false when `outcome` is `unscored`, which is not a pass |
-| `outcome` | string | `passed`, `rescued`, `blocked`, `unscored`, or `kept` (failed, and `--on-failure keep`) |
+| `outcome` | string | `passed`, `rescued`, `blocked`, `unscored`, `kept` (failed, and `--on-failure keep`), or |
+|   |   | `flagged` (by `--depth quick`, which makes no image and so neither mitigates nor blocks one) |
 | `decided_at_step` | int32, nullable | sampling step of the verdict, from 0 |
 | `extra_lanes` | int32 | UNet evaluations of one sample beyond those of the unguarded image; without `--keep-before` |
 | `image` | string, nullable | path of the final PNG, relative to the run folder; null if blocked or not made |
@@ -26,19 +30,24 @@ The first ten columns, in this order, are a contract with other readers.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sd_guard.screening.storage import Store, atomic
+
 if TYPE_CHECKING:
     from sd_guard.guard import GuardRecord
 
 RECORDS_FILE: Final = "records.parquet"
 SHARDS_FOLDER: Final = "shards"
+GROUP: Final = 8192  # rows of a row group of `records.parquet`
+_SHARD: Final = re.compile(r"(\d{12})-(\d+)-(\d+)-(\d+)\.parquet")
 
 SCHEMA: Final = pa.schema(
     [
@@ -187,64 +196,131 @@ def record_row(record: GuardRecord, *, prompt: str, family: str | None, seed: in
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What the name of a shard says of it: the indices of its rows, and how many are flagged and unscored."""
+
+    rows: range
+    flagged: int
+    unscored: int
+
+    @property
+    def name(self) -> str:
+        """Of the file; names sort as their rows do."""
+        start, count = self.rows.start, len(self.rows)
+        return f"{SHARDS_FOLDER}/{start:012d}-{count}-{self.flagged}-{self.unscored}.parquet"
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Shard:
+        """That of rows whose indices count on from one to the next."""
+        start = rows[0]["index"]
+        flagged = sum(row["flagged"] for row in rows)
+        return cls(range(start, start + len(rows)), flagged, sum(row["outcome"] == "unscored" for row in rows))
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file that is either absent (or as it was) or complete, also after a kill or a loss of power."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with atomic(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
-def write_shard(run: Path, rows: list[Row]) -> Path:
-    """Writes one batch under `shards/`, atomically, named by its first index."""
-    path = run / SHARDS_FOLDER / f"{rows[0]['index']:08d}.parquet"
-    _write_rows(path, rows)
-    return path
+def write_shard(run: Path | Store, rows: Sequence[Row]) -> Shard:
+    """Writes one batch of rows whose indices count on from one to the next."""
+    shard = Shard.of(rows)
+    sink = pa.BufferOutputStream()
+    table = pa.Table.from_pylist(cast("list[dict[str, Any]]", rows), schema=SCHEMA)
+    pq.write_table(table, sink, compression="zstd")
+    Store.at(run).write(shard.name, sink.getvalue().to_pybytes())
+    return shard
 
 
-def read_run(run: Path) -> list[Row]:
-    """All rows of a run, finished or not, each index once, in order.
+def find_shards(run: Path | Store) -> list[Shard]:
+    """The shards of a run, by their first row; reads names alone."""
+    found = (_SHARD.fullmatch(name) for name in Store.at(run).names(SHARDS_FOLDER))
+    numbers = [[int(part) for part in match.groups()] for match in found if match]
+    return [Shard(range(n[0], n[0] + n[1]), n[2], n[3]) for n in numbers]
+
+
+def scan_run(run: Path | Store, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """The rows of a run, finished or not, as `pyarrow.RecordBatch`es in order of their index, each index once.
+
+    Holds one row group at a time, so that a run may be of any length.
+
+    Args:
+        run: The folder.
+        columns: In this order, or None for all.
 
     Raises:
         ValueError: If the folder holds no records, or a file in it is damaged or no run's.
     """
-    paths = [path for path in (run / RECORDS_FILE,) if path.exists()]
-    paths += sorted((run / SHARDS_FOLDER).glob("*.parquet"))
-    if not paths:
-        raise ValueError(f"{run}: holds no records; name a folder that `sd-guard screen` has written")
-    rows = {row["index"]: row for path in reversed(paths) for row in _read_rows(path)}
-    return [rows[index] for index in sorted(rows)]
+    store, names = Store.at(run), None if columns is None else list(columns)
+    if store.exists(RECORDS_FILE):
+        yield from _read(store, RECORDS_FILE, names)
+        return
+    shards = find_shards(store)
+    if not shards:
+        raise ValueError(f"{store.address}: holds no records; name a folder that `sd-guard screen` has written")
+    place = 0
+    for shard in shards:
+        known = max(place - shard.rows.start, 0)  # rows that a shard before this one holds as well
+        for batch in _read(store, shard.name, names):
+            if batch.num_rows > known:
+                yield batch.slice(known)
+            known = max(known - batch.num_rows, 0)
+        place = max(place, shard.rows.stop)
 
 
-def merge_shards(run: Path) -> Path:
-    """Gathers the run's rows into `records.parquet` (zstd), then removes the shards; safe to repeat after a kill."""
-    path = run / RECORDS_FILE
-    _write_rows(path, read_run(run))
-    shards = run / SHARDS_FOLDER
-    if shards.exists():
-        for shard in shards.iterdir():
-            shard.unlink()
-        shards.rmdir()
-    return path
+def read_run(run: Path | Store) -> list[Row]:
+    """All rows of a run, as `scan_run`: for runs that fit into memory."""
+    return [row for batch in scan_run(run) for row in cast("list[Row]", batch.to_pylist())]
 
 
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.Table.from_pylist(cast("list[dict[str, Any]]", list(rows)), schema=SCHEMA), sink, compression="zstd"
-    )
-    write_atomic(path, sink.getvalue().to_pybytes())
+def merge_shards(run: Path | Store, total: int) -> None:
+    """Gathers the run's rows into `records.parquet` (zstd), then removes the shards; safe to repeat after a kill.
+
+    Args:
+        run: The folder.
+        total: Rows that there must be.
+
+    Raises:
+        ValueError: If rows are missing, as when a shard was removed; nothing is changed then.
+    """
+    store = Store.at(run)
+    if not store.exists(RECORDS_FILE):
+        with store.create(RECORDS_FILE) as sink, pq.ParquetWriter(sink, SCHEMA, compression="zstd") as writer:
+            found = 0
+            for table in _tables(scan_run(store)):
+                writer.write_table(table, row_group_size=GROUP)
+                found += table.num_rows
+            if found != total:
+                raise ValueError(
+                    f"{store.address}: has {found} rows of {total}; add --resume to screen what is missing"
+                )
+    store.remove(SHARDS_FOLDER)
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _tables(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches gathered to tables of a row group or a little more; the last may be smaller."""
+    held: list[Any] = []
+    rows = 0
+    for batch in batches:
+        held.append(batch)
+        rows += batch.num_rows
+        if rows >= GROUP:
+            yield pa.Table.from_batches(held)
+            held, rows = [], 0
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def _read(store: Store, name: str, columns: list[str] | None) -> Iterator[Any]:
     try:
-        table = pq.ParquetFile(path).read()
+        with store.open(name) as source:
+            file = pq.ParquetFile(source)
+            missing = [column for column in SCHEMA.names if column not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(f"{name}: lacks the columns {', '.join(missing)}; it was not written by this version")
+            for batch in file.iter_batches(GROUP, columns=columns):
+                yield batch if columns is None else batch.select(columns)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise ValueError(f"{path}: lacks the columns {', '.join(missing)}; it was not written by this version")
-    return cast("list[Row]", table.select(SCHEMA.names).to_pylist())
+        raise ValueError(f"{store.address}/{name}: cannot be read ({str(error).splitlines()[0]})") from None

@@ -1,270 +1,295 @@
-"""Screens a prompt list in one process; nothing that was done is lost, whatever ends the run."""
+"""Screens a prompt list: read, batch, screen, write, merge. Nothing that was done is lost, whatever ends the run.
+
+`jobs.parquet` has every image of the run, in order. Batches are cut from it at multiples of the batch size, whoever
+screens them and whatever was done before, and each becomes one shard, written while the next one is screened. So rows
+are bit for bit the same with any engine and number of workers, and after any interruption. With another batch size
+they differ by the rounding of the model's dtype, and at quick depth not even by that.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, TypeAlias
 
-from sd_guard.screening.loading import first_line, guard_settings
-from sd_guard.screening.prompts import MAX_SEED, PromptRow, read_prompts
+from sd_guard.screening.jobs import DUPLICATES_FILE, JOBS_FILE, Job, JobList, distinct, expand, write_jobs
+from sd_guard.screening.loading import first_line, load_screener
+from sd_guard.screening.processes import Alone, Processes, share_out, wait_until
+from sd_guard.screening.progress import Progress
+from sd_guard.screening.prompts import BadRowError, find_files, stream_prompts
 from sd_guard.screening.records import (
     RECORDS_FILE,
-    SHARDS_FOLDER,
     Row,
+    Shard,
+    find_shards,
     merge_shards,
-    read_run,
-    record_row,
     unscored_row,
-    write_atomic,
     write_shard,
 )
+from sd_guard.screening.screener import Screened, Screener, png
 from sd_guard.screening.settings import (
     RUN_FILE,
-    ModelSettings,
+    SKIPPED_FILE,
     RunSettings,
+    check_run,
     finish_manifest,
-    open_run,
     write_manifest,
 )
+from sd_guard.screening.storage import Store
+from sd_guard.screening.summary import Summary, summarize
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from sd_guard.guard import GuardRecord
-
-IMAGES_FOLDER: Final = "images"
-
-
-class Output(Protocol):
-    """What a pipeline returns: one image and, with the guard enabled, one record a prompt."""
-
-    @property
-    def images(self) -> list[Image]:
-        """In the order of the prompts."""
-        ...
-
-    @property
-    def records(self) -> list[GuardRecord] | None:
-        """As `images`."""
-        ...
-
-
-class Pipeline(Protocol):
-    """What the runner needs of a `GuardedStableDiffusionPipeline`."""
-
-    @property
-    def guard(self) -> Any:
-        """The `Guard` in force; None with the guard off."""
-
-    def enable_guard(
-        self, guard: Any = None, *, calibration: Any = None, on_failure: Any = None, budget: int | None = None
-    ) -> Any:
-        """Turns the guard on."""
-
-    def disable_guard(self) -> Any:
-        """Turns the guard off."""
-
-    def __call__(self, **arguments: Any) -> Any:
-        """Generates images: an `Output`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One image to make: its place in the run, prompt, family and seed."""
-
-    index: int
-    prompt: str
-    family: str | None
-    seed: int
+MakeScreener: TypeAlias = Callable[[RunSettings], Screener]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A checked run: every job, and what makes the run this one and no other."""
+    """A checked run: its folder, how many images it has, and what makes it this one and no other."""
 
     settings: RunSettings
-    jobs: tuple[Job, ...]
+    store: Store
+    total: int
     configuration: dict[str, Any]
 
-
-def expand(rows: Sequence[PromptRow], *, seeds: int, seed: int) -> tuple[Job, ...]:
-    """Prompts x seeds, a prompt's images side by side, at seeds s, s + 1, ... from its own seed or the base seed.
-
-    Raises:
-        ValueError: If a seed would leave [0, 2**63).
-    """
-    starts = [(row, seed if row.seed is None else row.seed) for row in rows]
-    if any(start > MAX_SEED - seeds + 1 for _, start in starts):
-        raise ValueError(f"a seed with --seeds {seeds} would exceed {MAX_SEED}; use smaller seeds")
-    jobs = [(row, start + i) for row, start in starts for i in range(seeds)]
-    return tuple(Job(index, row.prompt, row.family, seed) for index, (row, seed) in enumerate(jobs))
+    def progress(self, shards: Sequence[Shard], processes: Processes, metrics_file: Path | None) -> Progress:
+        """Counts on from the shards that are there."""
+        limit = self.settings.max_unscored
+        return Progress(self.total, shards, processes=processes, max_unscored=limit, metrics_file=metrics_file)
 
 
 def plan_run(settings: RunSettings, *, resume: bool = False) -> Plan:
-    """Reads the prompts and opens the run folder; no model is loaded.
+    """Reads the prompts and writes the list of jobs into the run folder; no model is loaded.
+
+    Nothing is written unless all of the list can be used. A run that is resumed keeps its list of jobs.
 
     Raises:
         ValueError: If the prompts cannot be read, or the folder is in use, or `resume` finds another configuration.
     """
-    jobs = expand(read_prompts(settings.prompts), seeds=settings.seeds, seed=settings.seed)
-    configuration = settings.configuration()
-    open_run(settings, configuration, resume=resume)
-    return Plan(settings=settings, jobs=jobs, configuration=configuration)
+    store, configuration = Store.at(settings.out), settings.configuration()
+    check_run(store, configuration, resume=resume)
+    if not store.exists(RUN_FILE):
+        _write_job_list(store, settings)
+    return Plan(settings, store, _count_jobs(store), configuration)
 
 
-def screen(plan: Plan, load: Callable[[ModelSettings], Pipeline]) -> list[Row]:
-    """Screens what the run folder has no row for yet, then merges the shards into `records.parquet`.
+def join_run(settings: RunSettings) -> Plan:
+    """The plan of a run that rank 0 has planned."""
+    store = Store.at(settings.out)
+    return Plan(settings, store, _count_jobs(store), {})
+
+
+def screen(
+    plan: Plan,
+    make: MakeScreener = load_screener,
+    *,
+    processes: Processes | None = None,
+    metrics_file: Path | None = None,
+) -> Summary | None:
+    """Screens what the run folder has no row for yet; rank 0 then merges the shards into `records.parquet`.
 
     Args:
-        plan: Of `plan_run`.
-        load: Makes the pipeline, guard enabled; not called if nothing is left to do.
+        plan: Of `plan_run`, or of `join_run` where this is not rank 0.
+        make: Makes the screener; not called if nothing is left to do.
+        processes: That share the work; None for this one alone.
+        metrics_file: Where progress is kept for Prometheus, if anywhere.
 
     Returns:
-        All rows of the run, in order.
+        What the run came to; None but in rank 0.
 
     Raises:
+        KeyboardInterrupt: The run was interrupted; what was done is written.
         ValueError: If the first batch of a new run raises for every row, as it does with a scheduler or a calibration
-            that does not fit; the folder is left free for another try.
+            that does not fit (the folder is left free for another try); if too many images cannot be scored; or if
+            there is no room to write.
     """
-    from tqdm import tqdm
+    processes = processes or Alone()
+    shards = find_shards(plan.store)
+    if not is_complete(plan, shards):
+        screener = make(plan.settings)
+        if processes.rank == 0:
+            start_run(plan, screener.threshold)
+        processes.add("ready", 1)
+        wait_until(processes, "ready", processes.size)  # all have listed the same shards, and run.json is there
+        batches = share_out(missing_batches(plan.total, shards, plan.settings.batch_size), processes)
+        with (
+            plan.store.open(JOBS_FILE) as file,
+            room_to_write(plan.store),
+            finish_when_interrupted() as interrupted,
+            plan.progress(shards, processes, metrics_file) as progress,
+        ):
+            wanted = takewhile(lambda batch: not interrupted(), batches)
+            for shard, reason in screen_batches(plan.store, JobList(file), screener, wanted, new=not shards):
+                progress.add(shard, reason)
+            if interrupted():
+                raise KeyboardInterrupt
+    processes.add("finished", 1)
+    if processes.rank != 0:
+        return None
+    wait_until(processes, "finished", processes.size)
+    return finish_run(plan)
 
-    settings, out = plan.settings, plan.settings.out
-    started = (out / RECORDS_FILE).exists() or any((out / SHARDS_FOLDER).glob("*.parquet"))
-    rows = {row["index"]: row for row in (read_run(out) if started else [])}
-    todo = [job for job in plan.jobs if job.index not in rows]
-    if todo:
-        pipe = load(settings.model)
-        threshold: float | None = getattr(pipe.guard.detector, "threshold", None)
-        write_manifest(settings, plan.configuration, images=len(plan.jobs), threshold=threshold)
-        flagged = sum(row["flagged"] for row in rows.values())
-        with tqdm(total=len(plan.jobs), initial=len(rows), desc="screening", unit="image") as bar:
-            bar.set_postfix(flagged=flagged)
-            for batch in _batches(todo, settings.batch_size):
-                done = _screen_batch(pipe, batch, settings)
-                if not rows and len(done) > 1 and all(_nothing_made(row) for row in done):
-                    (out / RUN_FILE).unlink()
-                    raise ValueError(f"no image of the first batch could be made ({done[0]['reason']})")
-                write_shard(out, done)
-                rows |= {row["index"]: row for row in done}
-                flagged += sum(row["flagged"] for row in done)
-                bar.update(len(done))
-                bar.set_postfix(flagged=flagged)
-    merge_shards(out)
-    finish_manifest(out)
-    return [rows[index] for index in sorted(rows)]
+
+def is_complete(plan: Plan, shards: Sequence[Shard]) -> bool:
+    """True if every image has its row."""
+    return plan.store.exists(RECORDS_FILE) or next(missing_batches(plan.total, shards, 1), None) is None
 
 
-def generate_one(pipe: Pipeline, prompt: str, settings: ModelSettings, *, seed: int, out: Path) -> Row:
-    """Makes one guarded image, and writes it to `out` unless it is blocked (then `image` of the row is None).
+def missing_batches(total: int, shards: Sequence[Shard], size: int) -> Iterator[range]:
+    """What no shard holds of so many images, cut at multiples of the batch size."""
+    place = 0
+    for done in (*(shard.rows for shard in shards), range(total, total)):
+        while place < done.start:
+            stop = min((place // size + 1) * size, done.start)
+            yield range(place, stop)
+            place = stop
+        place = max(place, done.stop)
+
+
+def start_run(plan: Plan, threshold: float | None) -> None:
+    """Writes `run.json`, unless the run is being resumed."""
+    write_manifest(plan.settings, plan.configuration, images=plan.total, threshold=threshold)
+
+
+def finish_run(plan: Plan) -> Summary:
+    """Merges the shards, sums the run up, and notes that it is finished."""
+    with room_to_write(plan.store):
+        merge_shards(plan.store, plan.total)
+        summary = summarize(plan.store)
+        finish_manifest(plan.store, fingerprint=summary.fingerprint)
+    return summary
+
+
+def screen_batches(
+    store: Store, jobs: JobList, screener: Screener, batches: Iterable[range], *, new: bool
+) -> Iterator[tuple[Shard, str | None]]:
+    """Screens one batch while the one before is written; yields what was written, as of `write_batch`.
+
+    Args:
+        store: The run folder.
+        jobs: Of the run.
+        screener: Screens them.
+        batches: Places of jobs.
+        new: Nothing of this run was ever written.
 
     Raises:
-        ValueError: In one line, if the pipeline raises.
+        ValueError: If the screener raises for every row of the first batch of a new run, which is then no run.
     """
+    with ThreadPoolExecutor(1) as thread:
+        writing: Future[tuple[Shard, str | None]] | None = None
+        for batch in batches:
+            screened = screen_batch(screener, jobs.read(batch))
+            if new and len(batch) > 1 and _nothing_made(screened.rows):
+                store.remove(RUN_FILE)
+                raise ValueError(f"no image of the first batch could be made ({screened.rows[0]['reason']})")
+            new = False
+            if writing is not None:
+                yield writing.result()
+            writing = thread.submit(write_batch, store, screened)
+        if writing is not None:
+            yield writing.result()
+
+
+def screen_batch(screener: Screener, jobs: Sequence[Job]) -> Screened:
+    """One batch; where the screener raises, its halves, down to the job that raises, which becomes `unscored`."""
     try:
-        output: Output = _generate(pipe, [Job(0, prompt, None, seed)], settings)
-    except Exception as error:  # whatever the model raises
-        raise ValueError(f"the image could not be made ({first_line(error)})") from error
-    if not output.records:
-        raise ValueError("the pipeline returned no record")
-    row = record_row(output.records[0], prompt=prompt, family=None, seed=seed, index=0)
-    if row["outcome"] != "blocked":
-        write_atomic(out, _png(output.images[0]))
-        row["image"] = out.name
-    return row
-
-
-def _nothing_made(row: Row) -> bool:
-    """True for a row whose generation raised."""
-    return row["outcome"] == "unscored" and row["fingerprint"] is None
-
-
-def _batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
-    return (jobs[start : start + size] for start in range(0, len(jobs), size))
-
-
-def _screen_batch(pipe: Pipeline, jobs: Sequence[Job], settings: RunSettings) -> list[Row]:
-    """One batch; if the pipeline raises, its jobs one by one, and the one that raises becomes `unscored`."""
-    try:
-        made = _make(pipe, jobs, settings)
+        screened = screener.screen(jobs)
+        if len(screened.rows) != len(jobs):
+            raise RuntimeError(f"{len(screened.rows)} rows came back for {len(jobs)} jobs")
+        return screened
     except Exception as error:  # out of memory, or whatever the model raises: the other rows must not be lost
         reason = first_line(error)
-    else:
-        return [_save(settings.out, job, *images_and_record) for job, images_and_record in zip(jobs, made, strict=True)]
     _free_memory()
     if len(jobs) > 1:
-        return [row for job in jobs for row in _screen_batch(pipe, [job], settings)]
+        halves = [screen_batch(screener, part) for part in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :])]
+        return Screened([*halves[0].rows, *halves[1].rows], {**halves[0].images, **halves[1].images})
     (job,) = jobs
-    return [unscored_row(prompt=job.prompt, family=job.family, seed=job.seed, index=job.index, reason=reason)]
+    return Screened([unscored_row(prompt=job.prompt, family=job.family, seed=job.seed, index=job.index, reason=reason)])
 
 
-def _make(pipe: Pipeline, jobs: Sequence[Job], settings: RunSettings) -> list[tuple[GuardRecord, Image, Image | None]]:
-    """Record, final image, and with `keep_before` the unguarded image: the same object if the guard changed nothing."""
-    output: Output = _generate(pipe, jobs, settings.model)
-    if output.records is None or not len(output.records) == len(output.images) == len(jobs):
-        raise RuntimeError("the pipeline did not return one image and one record a prompt")
-    before: list[Image | None] = [*output.images] if settings.keep_before else [None] * len(jobs)
-    flagged = [place for place, record in enumerate(output.records) if record.verdict == "flag"]
-    if settings.keep_before and flagged:
-        for place, image in zip(flagged, _unguarded(pipe, [jobs[place] for place in flagged], settings), strict=True):
-            before[place] = image
-    return list(zip(output.records, output.images, before, strict=True))
+def write_batch(store: Store, screened: Screened) -> tuple[Shard, str | None]:
+    """Writes a batch, the images first, so that a row never names a file that is not there.
+
+    Returns:
+        The shard, and why one of its rows is unscored, if one is.
+    """
+    for name, image in screened.images.items():
+        store.write(name, png(image))
+    reason = next((row["reason"] for row in screened.rows if row["outcome"] == "unscored"), None)
+    return write_shard(store, screened.rows), reason
 
 
-def _generate(pipe: Pipeline, jobs: Sequence[Job], model: ModelSettings) -> Any:
-    import torch
-
-    size = {name: pixels for name, pixels in (("height", model.height), ("width", model.width)) if pixels is not None}
-    return pipe(
-        prompt=[job.prompt for job in jobs],
-        generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs],
-        num_inference_steps=model.steps,
-        guidance_scale=model.guidance_scale,
-        num_images_per_prompt=1,
-        output_type="pil",
-        **size,
-    )
-
-
-def _save(out: Path, job: Job, record: GuardRecord, image: Image, before: Image | None) -> Row:
-    """Writes the images first, so that a row never names a file that is not there."""
-    row = record_row(record, prompt=job.prompt, family=job.family, seed=job.seed, index=job.index)
-    name = f"{job.index:06d}-{job.seed}"
-    if row["outcome"] != "blocked":
-        row["image"] = _save_png(out, f"{name}.png", image)
-    if before is image:
-        row["image_before"] = row["image"]
-    elif before is not None:
-        row["image_before"] = _save_png(out, f"{name}-before.png", before)
-    return row
-
-
-def _unguarded(pipe: Pipeline, jobs: Sequence[Job], settings: RunSettings) -> list[Image]:
-    """The same images with the guard disabled."""
-    guard = pipe.guard
-    pipe.disable_guard()
+@contextmanager
+def room_to_write(store: Store) -> Generator[None, None, None]:
+    """Turns a failure to write into one line that says how to go on."""
     try:
-        return _generate(pipe, jobs, settings.model).images
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise ValueError(f"{store.address}: cannot be written ({reason}); make room, and go on with --resume") from None
+
+
+@contextmanager
+def finish_when_interrupted() -> Generator[Callable[[], bool], None, None]:
+    """While entered, an interrupt (or a request to end) is only noted; a second one takes effect at once."""
+    signals: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(signals)
     finally:
-        pipe.enable_guard(guard, **guard_settings(settings.model))
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _save_png(out: Path, name: str, image: Image) -> str:
-    relative = f"{IMAGES_FOLDER}/{name}"
-    write_atomic(out / relative, _png(image))
-    return relative
+def _write_job_list(store: Store, settings: RunSettings) -> None:
+    """Reads the whole list first, into temporary files, so that a bad row leaves no trace."""
+    files = find_files(settings.prompts, settings.format)
+    options = {"seeds": settings.seeds, "seed": settings.seed}
+    with ExitStack() as stack:
+        jobs, duplicates, skipped = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+
+        def skip(row: BadRowError) -> None:
+            skipped.write(f"{row}\n".encode())
+
+        rows = stream_prompts(files, skip=skip if settings.skip_bad else None)
+        if settings.fold_duplicates:
+            rows = distinct(rows, duplicates, **options)
+        write_jobs(expand(rows, **options), jobs)
+        for name, content in ((SKIPPED_FILE, skipped), (DUPLICATES_FILE, duplicates), (JOBS_FILE, jobs)):
+            store.remove(name)  # of a run that ended before it began
+            if content.tell():
+                content.seek(0)
+                with store.create(name) as sink:
+                    shutil.copyfileobj(content, sink)
 
 
-def _png(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+def _count_jobs(store: Store) -> int:
+    with store.open(JOBS_FILE) as file:
+        return len(JobList(file))
 
 
 def _free_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # not imported: nothing of it is in use
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _nothing_made(rows: Sequence[Row]) -> bool:
+    """True if the screener raised for every row."""
+    return all(row["outcome"] == "unscored" and row["fingerprint"] is None for row in rows)

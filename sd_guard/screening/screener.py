@@ -5,12 +5,15 @@ A screener says nothing of files, batches that fail, or processes: that is the e
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sd_guard.screening.jobs import Job
-from sd_guard.screening.records import Row, record_row
+from sd_guard.screening.loading import first_line
+from sd_guard.screening.records import Row, record_row, write_atomic
 from sd_guard.screening.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -189,3 +192,27 @@ def generate(pipe: Pipeline, jobs: Sequence[Job], model: ModelSettings) -> Any:
         output_type="pil",
         **size,
     )
+
+
+def generate_one(pipe: Pipeline, prompt: str, settings: ModelSettings, *, seed: int, out: Path) -> Row:
+    """Makes one guarded image, and writes it to `out` unless it is blocked (then `image` of the row is None).
+
+    Raises:
+        ValueError: In one line, if the pipeline raises.
+    """
+    try:
+        screened = FullScreener(pipe, settings).screen([Job(0, prompt, None, seed)])
+    except Exception as error:  # whatever the model raises
+        raise ValueError(f"the image could not be made ({first_line(error)})") from error
+    (row,) = screened.rows
+    if row["image"] is not None:
+        write_atomic(out, png(screened.images[row["image"]]))
+        row["image"] = out.name
+    return row
+
+
+def png(image: Image) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -9,15 +9,21 @@ import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
-from sd_guard.screening.prompts import MAX_SEED
-from sd_guard.screening.records import write_atomic
+from sd_guard.screening.jobs import DUPLICATES_FILE, JOBS_FILE
+from sd_guard.screening.prompts import MAX_SEED, STANDARD_INPUT, Format, find_files, list_digest
+from sd_guard.screening.storage import Store
 
 RUN_FILE: Final = "run.json"
+SKIPPED_FILE: Final = "skipped.txt"  # with --skip-bad: a line a row that was left out
 OnFailure: TypeAlias = Literal["blank", "keep"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+Engine: TypeAlias = Literal["local", "ray"]
+Depth: TypeAlias = Literal["quick", "full", "auto"]
+BATCH_SIZES: Final[dict[Depth, int]] = {"quick": 256, "full": 16, "auto": 64}  # unless another is asked for
 _PACKAGES: Final = ("sd-guard", "torch", "diffusers", "transformers", "pyarrow")
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WEIGHTS: Final = frozenset({".safetensors", ".bin", ".ckpt", ".pt"})
@@ -89,45 +95,110 @@ class RunSettings:
     """One run: prompts x seeds, screened with one model.
 
     Attributes:
-        prompts: The prompt list, `.txt`, `.csv` or `.jsonl`.
-        out: The run folder.
+        prompts: The prompt list: a file, a glob, or `-` for standard input.
+        out: The run folder, a path or an address of fsspec.
         model: The model and its sampling.
+        format: Of the prompt list; None for what the extension says.
+        depth: `quick` looks at the first steps and makes no image, `full` makes guarded images, `auto` is quick for all
+            and full for those in doubt or flagged.
         seeds: Images a prompt, >= 1.
         seed: Base seed of prompts without their own, in [0, 2**63).
         batch_size: Images a batch, >= 1; a resumed run may change it.
         keep_before: Also keep the unguarded image of every flagged one.
+        fold_duplicates: Screen prompts once that are equal after Unicode normalisation and case folding.
+        skip_bad: Leave rows out that cannot be used, instead of refusing the list.
+        max_unscored: Share of images, in [0, 1], beyond which a run whose images cannot be scored is stopped.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
-    prompts: Path
-    out: Path
+    prompts: Path | str
+    out: Path | str
     model: ModelSettings
+    format: Format | None = None
+    depth: Depth = "full"
     seeds: int = 1
     seed: int = 0
     batch_size: int = 16
     keep_before: bool = False
+    fold_duplicates: bool = False
+    skip_bad: bool = False
+    max_unscored: float = 0.5
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
+        _one_of("--depth", self.depth, get_args(Depth))
         _at_least("--seeds", self.seeds, 1)
         _at_least("--batch-size", self.batch_size, 1)
         check_seed(self.seed)
+        if not 0 <= self.max_unscored <= 1:
+            raise ValueError(f"--max-unscored is {self.max_unscored}; use a share from 0 to 1")
+        if self.keep_before and self.depth == "quick":
+            raise ValueError("--keep-before: --depth quick makes no images; use --depth full or auto")
 
     def configuration(self) -> dict[str, Any]:
         """What decides the images and the records: a resumed run must have the same."""
         model = {key: value for key, value in asdict(self.model).items() if key != "calibration"}
         calibration = self.model.calibration
         return {
-            "prompts": _sha256(self.prompts),
+            "version": package_version("sd-guard"),
+            "prompts": list_digest(find_files(self.prompts, self.format)),
             **model,
             "model_fingerprint": _folder_fingerprint(Path(self.model.model)) if self.model.is_local else None,
             "calibration": None if calibration is None else _sha256(calibration),
+            "depth": self.depth,
             "seeds": self.seeds,
             "seed": self.seed,
             "keep_before": self.keep_before,
+            "fold_duplicates": self.fold_duplicates,
+            "skip_bad": self.skip_bad,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSettings:
+    """A Ray cluster, and how many workers are to be started in it.
+
+    Attributes:
+        address: Of a cluster that runs; None starts one on this machine.
+        workers: Each with a model of its own; None for one a GPU of the cluster, or 2 where it has none.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+
+
+def check_engine(
+    engine: Engine, *, workers: int | None, address: str | None, processes: int = 1
+) -> ClusterSettings | None:
+    """Checks what is asked of the engine; None for the local one.
+
+    Raises:
+        ValueError: In one line, if options do not go together, or Ray is not installed.
+    """
+    if engine == "local":
+        for name, value in (("--workers", workers), ("--ray-address", address)):
+            if value is not None:
+                raise ValueError(f"{name} {value}: is for --engine ray; add that, or leave it out")
+        return None
+    if processes > 1:
+        raise ValueError("--engine ray: starts its own workers; call it without accelerate launch")
+    if workers is not None:
+        _at_least("--workers", workers, 1)
+    if find_spec("ray") is None:
+        raise ValueError("--engine ray: ray is not installed; pip install 'sd-guard[ray]'")
+    return ClusterSettings(address=address, workers=workers)
+
+
+def check_metrics_file(path: Path | None) -> None:
+    """Raises ValueError unless there is no metrics file to write, or it can be written."""
+    if path is None:
+        return
+    if find_spec("prometheus_client") is None:
+        raise ValueError("--metrics-file: prometheus_client is not installed; pip install 'sd-guard[metrics]'")
+    if not path.parent.is_dir():
+        raise ValueError(f"--metrics-file {path}: there is no folder {path.parent}; make it first")
 
 
 def check_seed(seed: int) -> None:
@@ -137,24 +208,36 @@ def check_seed(seed: int) -> None:
 
 
 def open_run(settings: RunSettings, configuration: dict[str, Any], *, resume: bool) -> None:
-    """Makes the run folder, or checks that it may be gone on with.
+    """Makes the run folder, or checks that it may be gone on with, as `check_run`."""
+    store = Store.at(settings.out)
+    check_run(store, configuration, resume=resume)
+    if store.local is not None:
+        store.local.mkdir(parents=True, exist_ok=True)
+
+
+def check_run(store: Store, configuration: dict[str, Any], *, resume: bool) -> None:
+    """Checks that a run may be started in this folder, or gone on with.
+
+    A folder that holds no more than a list of jobs is free: its run ended before it began.
 
     Raises:
         ValueError: If the folder is in use, is no run's, or was started with another configuration.
     """
-    out = settings.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; name a folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    if not any(out.iterdir()):
+    if store.local is not None and store.local.exists() and not store.local.is_dir():
+        raise ValueError(f"{store.address}: is a file; name a folder with --out")
+    if set(store.names()) <= {JOBS_FILE, DUPLICATES_FILE, SKIPPED_FILE}:
         return
     if not resume:
-        raise ValueError(f"{out}: is not empty; add --resume to go on with that run, or name another folder with --out")
-    started = read_manifest(out)["configuration"]
+        raise ValueError(
+            f"{store.address}: is not empty; add --resume to go on with that run, or name another folder with --out"
+        )
+    started = read_manifest(store)["configuration"]
     keys = [key for key in {**started, **configuration} if started.get(key) != configuration.get(key)]
     if keys:
         changes = ", ".join(f"{key} was {started.get(key)!r}, now {configuration.get(key)!r}" for key in keys)
-        raise ValueError(f"{out}: was started otherwise ({changes}); resume it unchanged, or name another folder")
+        raise ValueError(
+            f"{store.address}: was started otherwise ({changes}); resume it unchanged, or name another folder"
+        )
 
 
 def write_manifest(
@@ -168,11 +251,12 @@ def write_manifest(
         images: That the run will have when finished.
         threshold: Scores above it are flagged; None if the detector has no such line.
     """
-    path = settings.out / RUN_FILE
-    if path.exists():
+    store = Store.at(settings.out)
+    if store.exists(RUN_FILE):
         return
+    standard_input = str(settings.prompts) == STANDARD_INPUT
     manifest = {
-        "prompts": settings.prompts.name,
+        "prompts": "standard input" if standard_input else Path(settings.prompts).name,
         "images": images,
         "batch_size": settings.batch_size,
         "threshold": threshold,
@@ -181,28 +265,30 @@ def write_manifest(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": None,
     }
-    write_atomic(path, _json(manifest))
+    store.write(RUN_FILE, _json(manifest))
 
 
-def finish_manifest(run: Path) -> None:
-    """Notes in `run.json` when the run was finished, once."""
-    manifest = read_manifest(run)
+def finish_manifest(run: Path | Store, *, fingerprint: str | None = None) -> None:
+    """Notes in `run.json` when the run was finished, once, and the fingerprint of its records."""
+    store, manifest = Store.at(run), read_manifest(run)
     if manifest["finished"] is None:
-        write_atomic(run / RUN_FILE, _json({**manifest, "finished": datetime.now(UTC).isoformat(timespec="seconds")}))
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        store.write(RUN_FILE, _json({**manifest, "fingerprint": fingerprint, "finished": finished}))
 
 
-def read_manifest(run: Path) -> dict[str, Any]:
+def read_manifest(run: Path | Store) -> dict[str, Any]:
     """The content of `run.json`.
 
     Raises:
         ValueError: If it is missing or damaged.
     """
-    path = run / RUN_FILE
+    store = Store.at(run)
+    path = f"{store.address}/{RUN_FILE}"
     try:
-        manifest: object = json.loads(path.read_bytes())
+        manifest: object = json.loads(store.read(RUN_FILE))
     except FileNotFoundError:
         raise ValueError(
-            f"{run}: has no {RUN_FILE}, so it is no run of `sd-guard screen`; name another folder"
+            f"{store.address}: has no {RUN_FILE}, so it is no run of `sd-guard screen`; name another folder"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None

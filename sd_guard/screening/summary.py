@@ -2,78 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any, Final, cast
 
-from sd_guard.screening.records import Row
+import pyarrow as pa
+import pyarrow.compute as pc
 
-_HEADER = ("family", "screened", "flagged", "rescued", "blocked", "unscored", "extra lanes/image")
+from sd_guard.screening.records import scan_run
+from sd_guard.screening.storage import Store
+
+DRIFT_IMAGES: Final = 100_000  # scores that a run's drift is judged by, the first of it
+_HEADER: Final = ("family", "screened", "flagged", "rescued", "blocked", "unscored", "extra lanes/image")
+_COLUMNS: Final = ("family", "flagged", "outcome", "extra_lanes", "reason", "fingerprint")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Images of one family, or of a run; `extra_lanes` are UNet evaluations of one sample."""
+
+    screened: int = 0
+    flagged: int = 0
+    rescued: int = 0
+    blocked: int = 0
+    unscored: int = 0
+    extra_lanes: int = 0
+
+    def add(self, *, outcome: str, flagged: bool, images: int, extra_lanes: int) -> None:
+        """Counts images of one outcome."""
+        self.screened += images
+        self.flagged += images * flagged
+        self.rescued += images * (outcome == "rescued")
+        self.blocked += images * (outcome == "blocked")
+        self.unscored += images * (outcome == "unscored")
+        self.extra_lanes += extra_lanes
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """Images of one family, or of a run; `extra_lanes` is the mean of UNet evaluations of one sample an image."""
+class Summary:
+    """What a run came to.
 
-    family: str
-    screened: int
-    flagged: int
-    rescued: int
-    blocked: int
-    unscored: int
-    extra_lanes: float
+    Attributes:
+        families: By label, in order of appearance; "-" for those without one.
+        total: Of all.
+        reasons: Why images are unscored, up to the first colon, and how many.
+        fingerprint: Of the model and its sampling; None if no image was scored.
+    """
 
+    families: dict[str, Counts] = field(default_factory=dict[str, Counts])
+    total: Counts = field(default_factory=Counts)
+    reasons: Counter[str] = field(default_factory=Counter[str])
+    fingerprint: str | None = None
 
-def count(family: str, rows: Sequence[Row]) -> Counts:
-    """Counts the rows of one family."""
-    outcomes = [row["outcome"] for row in rows]
-    return Counts(
-        family=family,
-        screened=len(rows),
-        flagged=sum(row["flagged"] for row in rows),
-        rescued=outcomes.count("rescued"),
-        blocked=outcomes.count("blocked"),
-        unscored=outcomes.count("unscored"),
-        extra_lanes=sum(row["extra_lanes"] for row in rows) / max(len(rows), 1),
-    )
+    def table(self) -> str:
+        """Aligned plain text: a line a family, and a total."""
+        lines = [_HEADER, *(_cells(*each) for each in self.families.items()), _cells("total", self.total)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+        text = ["  ".join(_padded(line, widths)) for line in lines]
+        rule = "-" * len(text[0])
+        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 
 
-def by_family(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each family, in order of appearance; "-" for those without one."""
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        families.setdefault(row["family"] or "-", []).append(row)
-    return families
+def summarize(run: Path | Store) -> Summary:
+    """Sums up a run, finished or not; holds one batch of its rows at a time."""
+    families: dict[str, Counts] = {}
+    total, reasons, fingerprint = Counts(), Counter[str](), None
+    for batch in scan_run(run, _COLUMNS):
+        table = pa.Table.from_batches([batch])
+        groups = table.group_by(["family", "outcome", "flagged"], use_threads=False)
+        for group in groups.aggregate([([], "count_all"), ("extra_lanes", "sum")]).to_pylist():
+            counted = {
+                "outcome": group["outcome"],
+                "flagged": group["flagged"],
+                "images": group["count_all"],
+                "extra_lanes": group["extra_lanes_sum"],
+            }
+            families.setdefault(group["family"] or "-", Counts()).add(**counted)
+            total.add(**counted)
+        unscored = table.filter(pc.field("outcome") == "unscored")
+        reasons.update((reason or "no reason").split(":")[0] for reason in unscored["reason"].to_pylist())
+        fingerprint = fingerprint or next((each for each in table["fingerprint"].to_pylist() if each), None)
+    return Summary(families, total, reasons, fingerprint)
 
 
-def summary_table(rows: Sequence[Row]) -> str:
-    """Aligned plain text: a line a family, and a total."""
-    counts = [count(family, members) for family, members in by_family(rows).items()]
-    counts.append(count("total", rows))
-    lines = [_HEADER, *(_cells(each) for each in counts)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-    text = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (zip(line, widths, strict=True) for line in lines)
-    ]
-    rule = "-" * len(text[0])
-    return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+def scores_of(run: Path | Store) -> Iterator[Mapping[str, Any]]:
+    """Prompt and score of the first `DRIFT_IMAGES` images of a run."""
+    rows = (row for batch in scan_run(run, ("prompt", "score")) for row in batch.to_pylist())
+    return islice(cast("Iterator[Mapping[str, Any]]", rows), DRIFT_IMAGES)
 
 
-def _cells(counts: Counts) -> tuple[str, ...]:
-    numbers = (counts.screened, counts.flagged, counts.rescued, counts.blocked, counts.unscored)
-    family = "".join(letter if letter.isprintable() else "?" for letter in counts.family)[:32]
-    return (family, *(str(number) for number in numbers), f"{counts.extra_lanes:.1f}")
-
-
-def drift_warning(rows: Sequence[Row], calibration: Path) -> str | None:
+def drift_warning(rows: Iterable[Mapping[str, Any]], calibration: Path) -> str | None:
     """What there is to say of a run whose benign scores have left those of its calibration; None if they have not.
 
     Also says where that could not be checked: a run that lies above the calibration as a whole is such a case.
+
+    Args:
+        rows: With `prompt` and `score`.
+        calibration: The file.
     """
     from sd_guard.calibration import Calibration
     from sd_guard.drift import check_drift
 
-    first = {row["prompt"]: row["score"] for row in reversed(rows) if row["score"] is not None}
+    first: dict[str, float] = {}
+    for row in rows:
+        if row["score"] is not None:
+            first.setdefault(row["prompt"], row["score"])
     drift = check_drift(Calibration.load(calibration).benign_scores, list(first.values()))
     return drift.message if drift.drifted or drift.p_value is None else None
+
+
+def _cells(name: str, counts: Counts) -> tuple[str, ...]:
+    numbers = (counts.screened, counts.flagged, counts.rescued, counts.blocked, counts.unscored)
+    family = "".join(letter if letter.isprintable() else "?" for letter in name)[:32]
+    return (family, *(str(number) for number in numbers), f"{counts.extra_lanes / max(counts.screened, 1):.1f}")
+
+
+def _padded(line: tuple[str, ...], widths: list[int]) -> list[str]:
+    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]

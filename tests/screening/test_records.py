@@ -10,7 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from sd_guard.screening import records
-from sd_guard.screening.records import SCHEMA, Row, merge_shards, read_run, record_row, unscored_row, write_shard
+from sd_guard.screening.records import (
+    SCHEMA,
+    Row,
+    Shard,
+    find_shards,
+    merge_shards,
+    read_run,
+    record_row,
+    scan_run,
+    unscored_row,
+    write_shard,
+)
 
 CONTRACT = [
     ("prompt", pa.string()),
@@ -74,21 +85,50 @@ def test_rows_round_trip_through_shards_and_the_merged_file(tmp_path: Path) -> N
     write_shard(tmp_path, rows[:2])
     assert rows[1]["score"] is None
     assert [r["flagged"] for r in rows] == [True, False, False, False]
+    assert find_shards(tmp_path) == [Shard(range(2), 1, 1), Shard(range(2, 4), 0, 1)]
     assert read_run(tmp_path) == rows
-    path = merge_shards(tmp_path)
-    assert read_run(tmp_path) == rows
-    assert merge_shards(tmp_path) == path
-    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+    for _ in range(2):
+        merge_shards(tmp_path, 4)
+        assert read_run(tmp_path) == rows
+    assert pq.ParquetFile(tmp_path / "records.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
     assert not (tmp_path / "shards").exists()
 
 
 def test_a_kill_between_merge_and_clean_up_repeats_no_row(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path, [row(0), row(1)])
-    data = shard.read_bytes()
-    merge_shards(tmp_path)
-    shard.parent.mkdir()
-    shard.write_bytes(data)
+    write_shard(tmp_path, [row(0), row(1)])
+    (path,) = (tmp_path / "shards").iterdir()
+    data = path.read_bytes()
+    merge_shards(tmp_path, 2)
+    path.parent.mkdir()
+    path.write_bytes(data)
     assert [r["index"] for r in read_run(tmp_path)] == [0, 1]
+
+
+def test_rows_that_two_shards_hold_are_read_once(tmp_path: Path) -> None:
+    for start, stop in ((0, 3), (2, 4), (3, 4), (3, 6)):
+        write_shard(tmp_path, [row(index) for index in range(start, stop)])
+    assert [r["index"] for r in read_run(tmp_path)] == list(range(6))
+
+
+def test_a_run_with_a_row_missing_is_not_merged(tmp_path: Path) -> None:
+    for index in (0, 2):
+        write_shard(tmp_path, [row(index)])
+    with pytest.raises(ValueError, match="has 2 rows of 3; add --resume"):
+        merge_shards(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
+
+
+def test_a_run_is_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "GROUP", 4)
+    for start in range(0, 30, 3):
+        write_shard(tmp_path, [row(index) for index in range(start, start + 3)])
+    merge_shards(tmp_path, 30)
+    batches = list(scan_run(tmp_path, ("seed", "index")))
+    assert max(batch.num_rows for batch in batches) <= 4
+    assert [place for batch in batches for place in batch["index"].to_pylist()] == list(range(30))
+    assert batches[0].schema.names == ["seed", "index"]
+    groups = pq.ParquetFile(tmp_path / "records.parquet").metadata
+    assert max(groups.row_group(i).num_rows for i in range(groups.num_row_groups)) <= 6
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

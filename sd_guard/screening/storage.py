@@ -1,0 +1,120 @@
+"""A run's folder, on this machine or at any address of fsspec (`s3://`, `gs://`, `memory://`, ...).
+
+Every file in it is whole or not there. On this machine by write, fsync, rename; elsewhere a file is put as one, and the
+address must show it whole or not at all, as object stores do.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A folder of files by name; names may hold slashes.
+
+    Attributes:
+        address: As the user wrote it.
+        files: The file system.
+        root: The folder in it.
+    """
+
+    address: str
+    files: fsspec.AbstractFileSystem
+    root: str
+
+    @classmethod
+    def at(cls, address: Path | str | Store) -> Store:
+        """The folder at a path or an address; nothing is made yet.
+
+        Raises:
+            ValueError: If fsspec knows no such address, or lacks the package for it.
+        """
+        if isinstance(address, Store):
+            return address
+        try:
+            files, root = fsspec.url_to_fs(str(address))
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"{address}: cannot be used as a folder ({error}); check --out") from None
+        return cls(str(address), files, root.rstrip("/"))
+
+    @property
+    def local(self) -> Path | None:
+        """The folder's path; None if it is not on this machine."""
+        return Path(self.root) if isinstance(self.files, LocalFileSystem) else None
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files and folders in a folder, sorted; none if it is not there."""
+        path = self._path(folder)
+        self.files.invalidate_cache(path)
+        try:
+            found = cast("list[str]", self.files.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+        return sorted(each.rstrip("/").rpartition("/")[2] for each in found)
+
+    def exists(self, name: str) -> bool:
+        """True if there is such a file."""
+        return bool(self.files.exists(self._path(name)))
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file to read, in any order."""
+        return cast("IO[bytes]", self.files.open(self._path(name), "rb"))
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        with self.open(name) as file:
+            return file.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file that is whole or not there."""
+        with self.create(name) as file:
+            file.write(data)
+
+    @contextmanager
+    def create(self, name: str) -> Generator[IO[bytes], None, None]:
+        """A new file to write, which is there only when the block has ended, and not if it raised."""
+        if self.local is not None:
+            with atomic(self.local / name) as file:
+                yield file
+            return
+        with tempfile.NamedTemporaryFile() as file:
+            yield cast("IO[bytes]", file)
+            file.flush()
+            path = self._path(name)
+            self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.files.put_file(file.name, path)
+
+    def remove(self, name: str) -> None:
+        """Removes a file or a folder with all that is in it, if it is there."""
+        if self.exists(name):
+            self.files.rm(self._path(name), recursive=True)
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+
+@contextmanager
+def atomic(path: Path) -> Generator[IO[bytes], None, None]:
+    """A file to write that is either absent (or as it was) or complete, also after a kill or a loss of power."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    file: IO[Any] = temporary.open("wb")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

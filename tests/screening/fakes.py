@@ -1,0 +1,115 @@
+"""Screeners and pipelines that only pretend, and what a test needs around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from PIL import Image
+
+from sd_guard.screening.jobs import Job
+from sd_guard.screening.records import Row
+from sd_guard.screening.screener import FullScreener, Screened, Screener
+from sd_guard.screening.settings import ModelSettings, RunSettings
+
+
+class Pretender:
+    """A pipeline: flags "memorized", blocks "hopeless", raises on "broken", is interrupted after `kill_at` images."""
+
+    def __init__(self, kill_at: int | None = None) -> None:
+        self.guarded = True
+        self.calls: list[tuple[str, int, bool]] = []
+        self.kill_at = kill_at
+
+    @property
+    def guard(self) -> Any:
+        return SimpleNamespace(detector=SimpleNamespace(threshold=0.5), mine=True) if self.guarded else None
+
+    def enable_guard(self, guard: Any = None, *, calibration: Any = None) -> None:
+        assert guard.mine
+        assert calibration is None
+        self.guarded = True
+
+    def disable_guard(self) -> None:
+        self.guarded = False
+
+    def __call__(self, *, prompt: list[str], generator: list[Any], **arguments: Any) -> Any:
+        seeds = [each.initial_seed() for each in generator]
+        self.calls += [(text, seed, self.guarded) for text, seed in zip(prompt, seeds, strict=True)]
+        if self.kill_at is not None and len(self.calls) > self.kill_at:
+            raise KeyboardInterrupt
+        if any("broken" in text for text in prompt):
+            raise RuntimeError("CUDA out of memory\nsecond line")
+        images = [
+            Image.new("RGB", (8, 8), (seed % 256, 200 if self.guarded and "memorized" in text else 0, 0))
+            for text, seed in zip(prompt, seeds, strict=True)
+        ]
+        records = [self.record(text) for text in prompt] if self.guarded else None
+        return SimpleNamespace(images=images, records=records)
+
+    @staticmethod
+    def record(text: str) -> Any:
+        flagged, hopeless = "memorized" in text, "hopeless" in text
+        return SimpleNamespace(
+            verdict="flag" if flagged else "pass",
+            outcome="blocked" if hopeless else "rescued" if flagged else "passed",
+            score=0.9 if flagged else 0.1,
+            decided_at_step=3,
+            statistics=(),
+            attempts=(),
+            extra_lanes=10 if flagged else 2,
+            fingerprint="f",
+            reason="no attempt passed" if hopeless else None,
+        )
+
+    def screener(self, settings: RunSettings) -> Screener:
+        return FullScreener(self, settings.model, settings.keep_before)
+
+
+@dataclass(frozen=True)
+class Null:
+    """A screener without a model: what its rows say depends on prompt and seed alone. Sleeps `seconds` a batch."""
+
+    seconds: float = 0.0
+    threshold: float | None = 0.5
+
+    def screen(self, jobs: Sequence[Job]) -> Screened:
+        time.sleep(self.seconds)
+        return Screened([null_row(job) for job in jobs])
+
+
+def null_row(job: Job) -> Row:
+    score = ((len(job.prompt) * 31 + job.seed) % 97) / 97
+    flagged = score > 0.9
+    return {
+        "prompt": job.prompt,
+        "family": job.family,
+        "seed": job.seed,
+        "score": score,
+        "flagged": flagged,
+        "outcome": "flagged" if flagged else "passed",
+        "decided_at_step": 2,
+        "extra_lanes": 1,
+        "image": None,
+        "image_before": None,
+        "index": job.index,
+        "reason": None,
+        "statistics": [],
+        "attempts": [],
+        "fingerprint": "null",
+    }
+
+
+def settings_in(folder: Path, prompts: Sequence[str], **changes: Any) -> RunSettings:
+    """Of a run in this folder, with a list and a model folder that is there; batches of three."""
+    path = folder / "prompts.csv"
+    path.write_text("prompt,family\n" + "".join(f"{text},{text[0]}\n" for text in prompts))
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    (model / "model_index.json").write_text("{}")
+    options = {"prompts": path, "out": folder / "run", "model": ModelSettings(model=str(model)), "batch_size": 3}
+    return RunSettings(**{**options, **changes})

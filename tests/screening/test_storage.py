@@ -1,0 +1,59 @@
+"""The run folder, here and at an address: every file is whole or not there."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from sd_guard.screening.storage import Store
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    addresses = {"path": tmp_path / "run", "file": f"file://{tmp_path}/run", "memory": f"memory://{uuid.uuid4()}/run"}
+    return Store.at(addresses[request.param])
+
+
+def test_files_are_written_listed_read_and_removed(store: Store) -> None:
+    assert store.names() == []
+    assert not store.exists("a")
+    store.write("a", b"1")
+    store.write("deep/er/b", b"22")
+    store.write("deep/c", b"3")
+    assert store.names() == ["a", "deep"]
+    assert store.names("deep") == ["c", "er"]
+    assert store.read("deep/er/b") == b"22"
+    store.write("a", b"4")
+    with store.open("a") as file:
+        assert file.read() == b"4"
+    store.remove("deep")
+    store.remove("never there")
+    assert store.names() == ["a"]
+
+
+def test_a_file_that_could_not_be_finished_is_not_there(store: Store) -> None:
+    store.write("a", b"old")
+    for name in ("a", "b"):
+        with pytest.raises(RuntimeError), store.create(name) as file:
+            file.write(b"half")
+            file.flush()
+            assert not store.exists("b")
+            raise RuntimeError
+    assert store.read("a") == b"old"
+    assert store.names() == ["a"]
+
+
+def test_only_a_folder_on_this_machine_has_a_path(tmp_path: Path) -> None:
+    assert Store.at(tmp_path).local == tmp_path
+    assert Store.at(f"file://{tmp_path}").local == tmp_path
+    assert Store.at("memory://x").local is None
+    store = Store.at("memory://x")
+    assert Store.at(store) is store
+
+
+@pytest.mark.parametrize("address", ["nowhere://x", "s3://bucket/run"])
+def test_an_address_that_cannot_be_used_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(ValueError, match=r"cannot be used as a folder .*; check --out") as caught:
+        Store.at(address)
+    assert "\n" not in str(caught.value)
