@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sd_guard.screening.records import SCHEMA, Row, read_run
+from sd_guard.screening.records import SCHEMA, Row, scan_run
 
 NO_FAMILY: Final = "-"
 _FEW: Final = ("prompt", "family", "seed", "score", "flagged", "outcome", "extra_lanes")
@@ -83,7 +84,7 @@ def open_rows(run: Path) -> RunRows:
     Raises:
         ValueError: If the folder holds no records, or a file of it is damaged.
     """
-    return rows_of(read_run(run))
+    return _rows(partial(scan_run, run))
 
 
 def rows_of(rows: Sequence[Mapping[str, Any]]) -> RunRows:
