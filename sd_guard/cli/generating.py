@@ -79,6 +79,7 @@ def screen_prompts(
 
     Writes records.parquet, images and report.html, and ends with a table.
     """
+    from sd_guard.screening.loading import load_screener
     from sd_guard.screening.processes import join_processes, wait_until
     from sd_guard.screening.runner import join_run, plan_run, screen
 
@@ -119,9 +120,9 @@ def screen_prompts(
         if cluster is not None:
             from sd_guard.screening.ray import screen_with_ray
 
-            summary = screen_with_ray(plan, cluster, metrics_file=metrics_file)
+            summary = screen_with_ray(plan, cluster, load_screener, metrics_file=metrics_file)
         else:
-            summary = screen(plan, processes=processes, metrics_file=metrics_file)
+            summary = screen(plan, load_screener, processes=processes, metrics_file=metrics_file)
         if summary is not None:
             _conclude(plan, summary)
 

@@ -20,8 +20,9 @@ from typing import Any, Final, cast
 import pyarrow as pa
 
 from sd_guard.screening.jobs import JOBS_FILE, JobList
-from sd_guard.screening.loading import first_line, load_screener
+from sd_guard.screening.loading import first_line
 from sd_guard.screening.processes import Alone
+from sd_guard.screening.progress import Progress
 from sd_guard.screening.records import Shard, find_shards
 from sd_guard.screening.runner import (
     MakeScreener,
@@ -108,7 +109,7 @@ class Worker:
 def screen_with_ray(
     plan: Plan,
     cluster: ClusterSettings,
-    make: MakeScreener = load_screener,
+    make: MakeScreener,
     *,
     metrics_file: Path | None = None,
 ) -> Summary:
@@ -121,32 +122,38 @@ def screen_with_ray(
     shards = find_shards(plan.store)
     if not is_complete(plan, shards):
         plan.store.remove(STOP_FILE)
+        problem: ValueError | None = None
         with (
             _connected(cluster) as (workers, gpus),
             room_to_write(plan.store),
             finish_when_interrupted() as interrupted,
             plan.progress(shards, Alone(), metrics_file) as progress,
         ):
-            for shard, reason in _hand_out(plan, shards, make, workers, gpus):
-                progress.add(shard, reason)
-                if interrupted() and not plan.store.exists(STOP_FILE):
-                    plan.store.write(STOP_FILE, b"")
+            for row in _hand_out(plan, shards, make, workers, gpus):
+                try:
+                    _count(row, progress)
+                except ValueError as error:
+                    problem = problem or error
+                if (problem or interrupted()) and not plan.store.exists(STOP_FILE):
+                    plan.store.write(STOP_FILE, b"")  # and take what the workers still have to say
+            plan.store.remove(STOP_FILE)
+            if problem is not None:
+                raise problem
             if interrupted():
-                plan.store.remove(STOP_FILE)
                 raise KeyboardInterrupt
     return finish_run(plan)
 
 
 def _hand_out(
     plan: Plan, shards: Sequence[Shard], make: MakeScreener, workers: int, gpus: int
-) -> Iterator[tuple[Shard, str | None]]:
-    """Gives the missing batches to the workers, block by block; yields what they have written."""
+) -> Iterator[dict[str, Any]]:
+    """Gives the missing batches to the workers, block by block; yields the rows that they answer with."""
     import ray.data
 
     batches = list(missing_batches(plan.total, shards, plan.settings.batch_size))
     size = -(-len(batches) // BLOCKS)
     blocks = [_places(batches[start : start + size]) for start in range(0, len(batches), size)]
-    written = ray.data.from_arrow(blocks).map_batches(
+    answers = ray.data.from_arrow(blocks).map_batches(
         Worker,
         fn_constructor_args=(plan, make, not shards),
         batch_size=None,
@@ -155,11 +162,15 @@ def _hand_out(
         num_cpus=1,
         num_gpus=gpus,
     )
-    for table in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in cast("Any", table).to_pylist():
-            if row["error"] is not None:
-                raise ValueError(row["error"])
-            yield Shard(range(row["start"], row["stop"]), row["flagged"], row["unscored"]), row["reason"]
+    for table in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from cast("Any", table).to_pylist()
+
+
+def _count(row: dict[str, Any], progress: Progress) -> None:
+    """Counts a batch that a worker has written, or raises what it could not do."""
+    if row["error"] is not None:
+        raise ValueError(row["error"])
+    progress.add(Shard(range(row["start"], row["stop"]), row["flagged"], row["unscored"]), row["reason"])
 
 
 def _places(batches: Sequence[range]) -> Any:

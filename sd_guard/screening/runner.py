@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sd_guard.screening.jobs import DUPLICATES_FILE, JOBS_FILE, Job, JobList, distinct, expand, write_jobs
-from sd_guard.screening.loading import first_line, load_screener
+from sd_guard.screening.loading import first_line
 from sd_guard.screening.processes import Alone, Processes, share_out, wait_until
 from sd_guard.screening.progress import Progress
 from sd_guard.screening.prompts import BadRowError, find_files, stream_prompts
@@ -35,7 +35,7 @@ from sd_guard.screening.records import (
     unscored_row,
     write_shard,
 )
-from sd_guard.screening.screener import Screened, Screener, png
+from sd_guard.screening.screener import IMAGES_FOLDER, Screened, Screener, png
 from sd_guard.screening.settings import (
     RUN_FILE,
     SKIPPED_FILE,
@@ -88,7 +88,7 @@ def join_run(settings: RunSettings) -> Plan:
 
 def screen(
     plan: Plan,
-    make: MakeScreener = load_screener,
+    make: MakeScreener,
     *,
     processes: Processes | None = None,
     metrics_file: Path | None = None,
@@ -164,6 +164,8 @@ def finish_run(plan: Plan) -> Summary:
         merge_shards(plan.store, plan.total)
         summary = summarize(plan.store)
         finish_manifest(plan.store, fingerprint=summary.fingerprint)
+        for folder in ("", IMAGES_FOLDER):
+            plan.store.sweep(folder)
     return summary
 
 

@@ -7,15 +7,19 @@ address must show it whole or not at all, as object stores do.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Final, cast
+from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+_HALF_WRITTEN: Final = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +57,15 @@ class Store:
         return Path(self.root) if isinstance(self.files, LocalFileSystem) else None
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of the files and folders in a folder, sorted; none if it is not there."""
+        """Names of the files and folders in a folder, sorted; none if it is not there. Half-written files are not."""
         path = self._path(folder)
         self.files.invalidate_cache(path)
         try:
             found = cast("list[str]", self.files.ls(path, detail=False))
         except FileNotFoundError:
             return []
-        return sorted(each.rstrip("/").rpartition("/")[2] for each in found)
+        names = (each.rstrip("/").rpartition("/")[2] for each in found)
+        return sorted(name for name in names if not _HALF_WRITTEN.fullmatch(name))
 
     def exists(self, name: str) -> bool:
         """True if there is such a file."""
@@ -99,6 +104,16 @@ class Store:
         if self.exists(name):
             self.files.rm(self._path(name), recursive=True)
 
+    def sweep(self, folder: str = "") -> None:
+        """Removes the half-written files that killed processes have left in a folder; no other may be at work there."""
+        path = None if self.local is None else self.local / folder
+        if path is None or not path.is_dir():
+            return
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if _HALF_WRITTEN.fullmatch(entry.name):
+                    os.unlink(entry.path)
+
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
@@ -107,7 +122,7 @@ class Store:
 def atomic(path: Path) -> Generator[IO[bytes], None, None]:
     """A file to write that is either absent (or as it was) or complete, also after a kill or a loss of power."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # several processes may write the same file
     file: IO[Any] = temporary.open("wb")
     try:
         with file:

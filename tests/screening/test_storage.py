@@ -57,3 +57,25 @@ def test_an_address_that_cannot_be_used_is_one_line(address: str, monkeypatch: p
     with pytest.raises(ValueError, match=r"cannot be used as a folder .*; check --out") as caught:
         Store.at(address)
     assert "\n" not in str(caught.value)
+
+
+def test_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    store = Store.at(tmp_path)
+    with store.create("a") as first:
+        first.write(b"first")
+        store.write("a", b"second")
+    assert store.read("a") == b"first"
+    assert store.names() == ["a"]
+
+
+def test_what_a_killed_process_left_half_written_is_not_listed_and_swept(tmp_path: Path) -> None:
+    store = Store.at(tmp_path)
+    half = store.create("a")
+    half.__enter__().write(b"half")  # and never ends
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".hidden").touch()
+    assert store.names() == [".hidden"]
+    store.sweep()
+    store.sweep("not there")
+    assert not left.exists()
+    assert store.names() == [".hidden"]
