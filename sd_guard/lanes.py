@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ class Conditioning:
         timestep_cond: (L, width) guidance embedding of distilled models, else None.
         added: tensors of `added_cond_kwargs` (IP-Adapter image embeddings), each with L rows, else None.
         cross_attention_kwargs: passed on as it is; holds no per-lane tensors.
+        attention_mask: (L, tokens) bool, False where a lane does not attend to a token; None, as the host's own, masks
+            none and leaves the attention kernels as they are.
     """
 
     prompt_embeds: Tensor
     timestep_cond: Tensor | None = None
     added: Mapping[str, Any] | None = None
     cross_attention_kwargs: Mapping[str, Any] | None = None
+    attention_mask: Tensor | None = None
 
     def select(self, lanes: Tensor) -> Conditioning:
         """The conditioning of some lanes; `lanes` is an int64 index that may repeat."""
@@ -36,11 +39,12 @@ class Conditioning:
             select_rows(self.timestep_cond, lanes, count),
             select_rows(self.added, lanes, count),
             self.cross_attention_kwargs,
+            select_rows(self.attention_mask, lanes, count),
         )
 
     def with_prompt(self, prompt_embeds: Tensor) -> Conditioning:
         """The same lanes with other text."""
-        return Conditioning(prompt_embeds, self.timestep_cond, self.added, self.cross_attention_kwargs)
+        return replace(self, prompt_embeds=prompt_embeds)
 
 
 def select_rows(value: Any, rows: Tensor, count: int) -> Any:
@@ -56,9 +60,8 @@ def select_rows(value: Any, rows: Tensor, count: int) -> Any:
     return value
 
 
-@torch.no_grad()
-def evaluate_lanes(unet: Unet, x: Tensor, timestep: Tensor | float, conditioning: Conditioning) -> Tensor:
-    """One UNet call.
+def call_unet(unet: Unet, x: Tensor, timestep: Tensor | float, conditioning: Conditioning) -> Tensor:
+    """One UNet call, differentiable where gradients are enabled.
 
     Args:
         unet: a `UNet2DConditionModel` or anything with its call signature.
@@ -69,6 +72,7 @@ def evaluate_lanes(unet: Unet, x: Tensor, timestep: Tensor | float, conditioning
     Returns:
         (L, C, H, W) raw model output in the scheduler's prediction type.
     """
+    mask = conditioning.attention_mask
     return unet(
         x,
         timestep,
@@ -76,5 +80,12 @@ def evaluate_lanes(unet: Unet, x: Tensor, timestep: Tensor | float, conditioning
         timestep_cond=conditioning.timestep_cond,
         cross_attention_kwargs=conditioning.cross_attention_kwargs,
         added_cond_kwargs=conditioning.added,
+        **({} if mask is None else {"encoder_attention_mask": mask}),
         return_dict=False,
     )[0]
+
+
+@torch.no_grad()
+def evaluate_lanes(unet: Unet, x: Tensor, timestep: Tensor | float, conditioning: Conditioning) -> Tensor:
+    """`call_unet` without gradients."""
+    return call_unet(unet, x, timestep, conditioning)

@@ -155,6 +155,32 @@ class Forget:
         yield Change("forget", 1.0, subject.empty_embeds, "")
 
 
+def subject_of(prompt: str | None = "a dog", tokens: int = 3, width: int = 4, **fields: Any) -> Subject:
+    """A subject whose model may not be asked, but for what is given."""
+
+    def unpaid(*_: object) -> Any:
+        raise AssertionError("it costs no lanes to propose")
+
+    embeds = torch.randn(tokens, width, generator=torch.Generator().manual_seed(9))
+    latents, control = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    asked = dict.fromkeys(("encode", "predict", "denoise", "bill", "level", "renoise"), unpaid)
+    given: dict[str, Any] = {
+        "prompt": prompt,
+        "prompt_embeds": embeds,
+        "empty_embeds": torch.zeros(tokens, width),
+        "seed": 0,
+        "lanes_left": lambda: 10_000,
+        "latents": latents,
+        "control": control,
+        "guidance_scale": 7.5,
+        "steps": 50,
+        "resumable": (0,),
+        "tokenizer": None,
+        "token_embeddings": None,
+    }
+    return Subject(**(asked | given | fields))
+
+
 # Scores between which an image is in doubt, and so is probed: no image, or every one with a score.
 NOBODY, EVERYBODY = (math.inf, -math.inf), (-math.inf, math.inf)
 

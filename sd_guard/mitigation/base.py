@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from sd_guard.noise import NoiseLevel, Prediction
+
+BACKWARD_LANES = 2.0  # what the backward pass of one lane costs, in lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,21 @@ class Subject:
         predict: (N, tokens, width) to (N, C, H, W) predicted clean latents at the first step of the image's own
             trajectory; spends N lanes.
         lanes_left: extra lanes this image may still spend before an attempt's own cost.
+        latents: (C, H, W) first latent of the image's own trajectory, as the sampler has it before
+            `scale_model_input`.
+        control: (C, H, W) clean latent that the deciding step predicts without the prompt.
+        denoise: (N, tokens, width) text and (N, C, H, W) latents, as the sampler has them at the first step, to the
+            prediction there; differentiable in both where gradients are enabled. Spends N lanes; a backward pass
+            through it has to be billed.
+        bill: spends so many lanes, `BACKWARD_LANES` for each lane of a backward pass.
+        guidance_scale: of the call; None without guidance.
+        steps: of the schedule.
+        resumable: steps that a trajectory can be resumed from, ascending; the first is 0.
+        level: noise level at one of these steps.
+        renoise: clean latents and noise, (C, H, W) each, and one of these steps, to latents as the sampler has them
+            there.
+        tokenizer: of the prompts; None without one.
+        token_embeddings: (V, width) input embeddings of the text encoder; None without one.
     """
 
     prompt: str | None
@@ -31,6 +51,31 @@ class Subject:
     encode: Callable[[Sequence[str]], Tensor]
     predict: Callable[[Tensor], Tensor]
     lanes_left: Callable[[], int]
+    latents: Tensor
+    control: Tensor
+    denoise: Callable[[Tensor, Tensor], Prediction]
+    bill: Callable[[float], None]
+    guidance_scale: float | None
+    steps: int
+    resumable: Sequence[int]
+    level: Callable[[int], NoiseLevel]
+    renoise: Callable[[Tensor, Tensor, int], Tensor]
+    tokenizer: Any
+    token_embeddings: Tensor | None
+
+
+class Guidance(Protocol):
+    """An image's own guidance scale."""
+
+    def scale(self, share: float, cfg_norms: Sequence[float]) -> float:
+        """Of the next step.
+
+        Args:
+            share: of the steps that have been walked, in [0, 1).
+            cfg_norms: norm of the difference between the conditional and the other noise prediction, at each step
+                since the trajectory was resumed; the last is the next step's.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +88,11 @@ class Change:
         prompt_embeds: (tokens, width) the new conditional embedding.
         prompt: the rewritten text; None where the words were kept.
         guidance_from: share of the steps, in [0, 1], before which the image is sampled without its prompt.
+        guidance: its own guidance scale at each step; None follows the call's.
+        latents: (C, H, W) to start from, as the sampler has them at step `resume_from`; None starts from its own.
+        resume_from: step; the trajectory before it is the host's own, and the nearest snapshot that is not later is
+            what is resumed.
+        attention_mask: (tokens,) bool, False where the conditional lane shall not attend to a token; None masks none.
     """
 
     mitigation: str
@@ -50,11 +100,52 @@ class Change:
     prompt_embeds: Tensor
     prompt: str | None = None
     guidance_from: float = 0.0
+    guidance: Guidance | None = None
+    latents: Tensor | None = None
+    resume_from: int = 0
+    attention_mask: Tensor | None = None
+
+    @property
+    def own_loop(self) -> bool:
+        """Whether the host's loop cannot go on with it.
+
+        Its guidance scale is one number for the batch, and a mask would change the kernels of the neighbours.
+        """
+        return self.guidance is not None or self.attention_mask is not None
 
 
 class Mitigation(Protocol):
-    """Proposes changes for one image, the smallest first. Lazy: a later change may spend lanes to be found."""
+    """Proposes changes for one image, the smallest first. Lazy: a later change may spend lanes to be found.
+
+    One that not every pipeline can run also has a method `check(pipe)`, which raises ValueError with one line for the
+    user, when the guard is enabled and before each call. One that takes gradients enables them around its own
+    computations and never around a `yield`.
+    """
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """Yields changes; ends where the family has nothing more to try or cannot afford it."""
         ...
+
+
+def check_gradients(pipe: Any, who: str) -> None:
+    """Refuses a pipeline through whose UNet no gradient can be taken.
+
+    Args:
+        pipe: a diffusers pipeline.
+        who: name of the mitigation that takes it.
+
+    Raises:
+        ValueError: the weights are moved away before a backward pass needs them, or gradients are ruled out.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{who} takes gradients, which torch.inference_mode() rules out: call under torch.no_grad()")
+    for module in pipe.unet.modules():
+        hook = getattr(module, "_hf_hook", None)  # accelerate's, alone or several in one
+        moved = any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
+        registry = getattr(module, "_diffusers_hook", None)
+        grouped = registry is not None and registry.get_hook("group_offloading") is not None
+        if moved or grouped:
+            raise ValueError(
+                f"{who} takes gradients, and the UNet's weights are offloaded before a backward pass needs them: "
+                "use enable_model_cpu_offload(), or leave it out of the plan"
+            )

@@ -1,4 +1,4 @@
-"""Resumed trajectories: flagged images sampled again from the first latent, with a change."""
+"""Resumed trajectories: flagged images sampled again from a snapshot, with a change."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from torch import Tensor
 
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.mitigation import Change
-from sd_guard.noise import PredictionType, read_level
+from sd_guard.noise import PredictionType, interpret, read_level
 from sd_guard.observation import Observation, look_again, observe, predicted_image, with_control
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.snapshots import fork_generators, select_images
 from sd_guard.statistics.base import StepCall
+from sd_guard.statistics.guidance import cfg_norm
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A trajectory's beginning, to resume from.
+    """A point of a trajectory to resume from.
 
     Attributes:
-        scheduler: copy, after `set_timesteps` and before the first step.
-        latents: (B, C, H, W) initial latents.
+        step: the next to be made.
+        scheduler: copy, before that step.
+        latents: (B, C, H, W) before it.
         states: of the call's generators at that moment.
     """
 
+    step: int
     scheduler: Any
     latents: Tensor
     states: list[Tensor]
@@ -52,9 +55,13 @@ class Walk:
         """Of lanes."""
         return self.lanes.prompt_embeds.shape[0]
 
+    def scale(self, step: int) -> float | None:
+        """Guidance scale of a step; beyond those made, that of the last one."""
+        return self.scales[min(step, len(self.scales) - 1)]
+
     def cost(self, start: int, stop: int) -> int:
-        """Lanes that making the steps from `start` to before `stop` again costs an image."""
-        return sum(1 if scale is None else 2 for scale in self.scales[start:stop])
+        """Lanes that making the steps from `start` to before `stop` costs an image."""
+        return sum(1 if self.scale(step) is None else 2 for step in range(start, stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,9 @@ class Watch:
 class Resumed:
     """F images on their way again, each with a change, as the host's loop goes.
 
-    The caller's step callback is not called again: what it did to the latents is not repeated.
+    The caller's step callback is not called again: what it did to the latents is not repeated. Beyond where the host's
+    loop stands, its last guidance scale is repeated. An image whose change has a guidance or a mask of its own walks
+    alone.
 
     Attributes:
         pipe: the pipeline.
@@ -96,9 +105,10 @@ class Resumed:
         scheduler: their own.
         arguments: of its steps.
         step: the next to be made.
-        observations: free statistics.
+        observations: free statistics; before the step that was resumed, those of the host's trajectory.
         last: the UNet call of the last observed step.
         later: the second look.
+        cfg_norms: as of `Guidance.scale`.
     """
 
     pipe: Any
@@ -111,31 +121,37 @@ class Resumed:
     latents: Tensor
     scheduler: Any
     arguments: dict[str, Any]
-    step: int = 0
-    observations: list[Observation] = field(default_factory=list)
+    step: int
+    observations: list[Observation]
     last: StepCall | None = None
     later: Observation | None = None
+    cfg_norms: list[float] = field(default_factory=list)
 
     @torch.no_grad()
     def go_on(self, until: int) -> None:
         """Makes all steps before step `until`."""
         count, kind = len(self.changes), prediction_type(self.pipe)
         while self.step < until:
-            scale, timestep = self.walk.scales[self.step], self.scheduler.timesteps[self.step]
+            scale, timestep = self.walk.scale(self.step), self.scheduler.timesteps[self.step]
             now = self._text(scale)
             x = self.scheduler.scale_model_input(
                 self.latents if scale is None else torch.cat([self.latents] * 2), timestep
             )
             looked = self.step in self.watch.steps or self.step == self.watch.second_look
-            level = read_level(self.scheduler, timestep) if looked else None
+            guidance = self.changes[0].guidance
+            level = read_level(self.scheduler, timestep) if looked or guidance is not None else None
             output = evaluate_lanes(self.pipe.unet, x, timestep, now)
             negative, conditional = (None, output) if scale is None else output.chunk(2)
-            if level is not None:
+            if looked and level is not None:
                 control = negative if self.inputs.control_is_empty else None
                 seen_with = now if control is not None else control_lanes(now, count, self.empty_embeds)
                 self._look(StepCall(self.step, timestep, level, x[:count], conditional, control, seen_with), kind)
             noise = conditional
             if scale is not None and negative is not None:
+                if guidance is not None and level is not None:
+                    pair = (interpret(o, x[:count], level, kind).e_hat for o in (conditional, negative))
+                    self.cfg_norms += cfg_norm(*pair).tolist()
+                    scale = guidance.scale(self.step / len(self.scheduler.timesteps), self.cfg_norms)
                 noise = guide(conditional, negative, scale, self.inputs.guidance_rescale)
             step = self.scheduler.step(noise, timestep, self.latents, **self.arguments, return_dict=False)
             self.latents = step[0]
@@ -166,8 +182,9 @@ def resume(
     walk: Walk,
     changes: Sequence[Change],
     empty_embeds: Tensor,
+    observations: Sequence[Observation],
 ) -> Resumed:
-    """F of the B images at their first step.
+    """F of the B images at a snapshot.
 
     Args:
         pipe: the pipeline.
@@ -178,9 +195,12 @@ def resume(
         walk: of all B images.
         changes: one an image.
         empty_embeds: (tokens, width) embedding of no prompt.
+        observations: of all B images, on the host's trajectory.
     """
     images, index = start.latents.shape[0], torch.tensor(rows, device=start.latents.device)
     generator = fork_generators(inputs.generator, start.states, rows, inputs.seed)
+    own = [start.latents[row] if c.latents is None else c.latents for row, c in zip(rows, changes, strict=True)]
+    lanes = walk.lanes.select(torch.cat([index + first for first in range(0, walk.count, images)]))
     return Resumed(
         pipe,
         inputs,
@@ -188,11 +208,22 @@ def resume(
         walk,
         changes,
         empty_embeds,
-        walk.lanes.select(torch.cat([index + first for first in range(0, walk.count, images)])),
-        start.latents[index],
+        _masked(lanes, changes[0].attention_mask),
+        torch.stack([latents.to(start.latents) for latents in own]),
         select_images(start.scheduler, index, start.latents),
         pipe.prepare_extra_step_kwargs(generator, inputs.eta),
+        start.step,
+        [seen.select(rows) for seen in observations if seen.step < start.step],
     )
+
+
+def _masked(lanes: Conditioning, mask: Tensor | None) -> Conditioning:
+    """The lanes of one image, of which the conditional one, the last, does not attend to what `mask` leaves out."""
+    if mask is None:
+        return lanes
+    all_lanes = torch.ones(lanes.prompt_embeds.shape[:2], dtype=torch.bool, device=lanes.prompt_embeds.device)
+    all_lanes[-1] = mask
+    return replace(lanes, attention_mask=all_lanes)
 
 
 def guide(conditional: Tensor, negative: Tensor, scale: float, rescale: float) -> Tensor:
@@ -214,6 +245,9 @@ def control_lanes(lanes: Conditioning, images: int, empty_embeds: Tensor) -> Con
     prompts = lanes.prompt_embeds[-images:]
     if lanes.prompt_embeds.shape[0] == images:
         lanes = lanes.select(torch.arange(images, device=prompts.device).repeat(2))
+        if lanes.attention_mask is not None:
+            mask = lanes.attention_mask[images:]
+            lanes = replace(lanes, attention_mask=torch.cat([torch.ones_like(mask), mask]))
     return lanes.with_prompt(torch.cat([empty_embeds.to(prompts)[None].expand(images, -1, -1), prompts]))
 
 

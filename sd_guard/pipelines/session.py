@@ -1,7 +1,7 @@
 """One guarded call, from its first latent to its records.
 
 The host's loop runs unchanged. At its `callback_on_step_end` the session reads the step's UNet call, observes it, and
-at the deciding step has flagged images resumed from the start of the trajectory with a change, until one passes. State
+at the deciding step has flagged images resumed from a snapshot with a change, until one passes. State
 lives here and not on the pipeline, so that two threads can share one.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_guard.detection import decide, verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
-from sd_guard.noise import NoiseLevel, read_level
+from sd_guard.noise import NoiseLevel, interpret, read_level
 from sd_guard.observation import (
     PROBED,
     STATISTICS,
@@ -45,14 +45,16 @@ class Session:
 
     guard: Guard
     inputs: CallInputs
-    start: Start | None = None
+    snapshots: dict[int, Start] = field(default_factory=dict)  # by step
     watch: Watch | None = None
     walk: Walk | None = None  # so far
     level: NoiseLevel | None = None  # of the next step, where that is observed
     empty_embeds: Tensor | None = None
     cases: list[Case] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
-    rescued: list[Rescue] = field(default_factory=list)
+    control: Tensor | None = None  # predicted image of the deciding step without the prompt
+    rescued: list[Rescue] = field(default_factory=list)  # in the host's loop
+    finished: list[Rescue] = field(default_factory=list)  # in a loop of their own
     escalation: Escalation | None = None
     later: Observation | None = None  # of the second look, and the rows that were no longer what had been flagged
     changed: frozenset[int] = frozenset()
@@ -64,13 +66,22 @@ class Session:
         steps = self.guard.steps(count)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
         self.watch = Watch(steps, self.guard.second_look(count), self.guard.probes, seeds)
-        self.start = Start(copy_scheduler(pipe.scheduler), latents, generator_states(self.inputs.generator))
+        self._keep(pipe, 0, latents)
         self._read_level(pipe, 0)
+
+    def before_step(self, pipe: Any, step: int, latents: Tensor) -> None:
+        """Takes a snapshot where a step is observed, of the latents as the caller's callback left them."""
+        if self.snapshots and self.watch is not None and step in self.watch.steps and not self.cases:
+            self._keep(pipe, step, latents)
+
+    def _keep(self, pipe: Any, step: int, latents: Tensor) -> None:
+        states = generator_states(self.inputs.generator)
+        self.snapshots[step] = Start(step, copy_scheduler(pipe.scheduler), latents, states)
 
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """Observes, and where it decides resolves; returns the tensors that the host's loop shall go on with."""
         count = len(pipe.scheduler.timesteps)
-        if self.start is not None and self.watch is not None:
+        if self.snapshots and self.watch is not None:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
                 call = self._read_call(step, timestep, tensors, lanes, self.level)
@@ -82,8 +93,9 @@ class Session:
                     if step == self.watch.steps[-1]:
                         tensors = self._decide(pipe, call, tensors)
                 if step == self.guard.last_step(count):
-                    self.start = self.walk = self.escalation = None  # the snapshots have served
+                    self.snapshots, self.walk, self.escalation = {}, None, None  # the snapshots have served
         if step + 1 == count:
+            tensors = self._deliver(tensors)
             self._verify(tensors["latents"])
         self._read_level(pipe, step + 1)
         return self._write_texts(tensors, step + 1, count)
@@ -111,8 +123,10 @@ class Session:
     def _decide(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
         """Scores all images, one host synchronisation where none is in doubt, and resolves the flagged ones."""
         assert self.watch is not None
+        assert call.control is not None
         detector, policy = self.guard.detector, self.guard.policy
         watch, free = self.watch, self.observations[-1]
+        self.control = interpret(call.control, call.x, call.level, prediction_type(pipe)).x0_hat
         as_much = (2 if self.inputs.guided else 1) * len(pipe.scheduler.timesteps)
         budget = as_much if policy.budget is None else policy.budget
 
@@ -148,24 +162,30 @@ class Session:
         """Has the plan tried on every image that is flagged and not closed."""
         if not any(case.open for case in self.cases):
             return tensors
-        assert self.start is not None
         assert self.watch is not None
         assert self.walk is not None
+        assert self.control is not None
         if self.escalation is None:
             self.escalation = Escalation(
                 pipe,
                 self.guard,
                 self.inputs,
-                self.start,
+                self.snapshots,
                 self.watch,
                 self.walk,
                 self._empty(),
                 self.cases,
-                predicted_image(self.observations),
+                self.observations,
+                self.control,
             )
         self.escalation.walk = self.walk
         for rescue in self.escalation.run():
-            tensors = self._accept(pipe, step, rescue, tensors)
+            self.rescued = [other for other in self.rescued if other.row != rescue.row]
+            if rescue.change.own_loop:
+                self.finished.append(rescue)
+                self.cases[rescue.row].relapsed = True  # until its image is in the place of the flagged one
+            else:
+                tensors = self._accept(pipe, step, rescue, tensors)
         return tensors
 
     def _accept(self, pipe: Any, step: int, rescue: Rescue, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +196,7 @@ class Session:
         own = select_images(rescue.resumed.scheduler, one, rescue.resumed.latents)
         replace_images(pipe.scheduler, own, row, latents)
         tensors = {**tensors, "latents": latents.index_copy(0, row, rescue.resumed.latents[one])}
-        self.rescued = [other for other in self.rescued if other.row != rescue.row] + [rescue]
+        self.rescued.append(rescue)
         self.replaced_at[rescue.row] = step
         return tensors
 
@@ -191,11 +211,19 @@ class Session:
             prompt_embeds = prompt_embeds.index_copy(0, lane, text.to(prompt_embeds)[None])
         return {**tensors, "prompt_embeds": prompt_embeds}
 
+    def _deliver(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Puts images that were sampled in a loop of their own into the place of the flagged ones."""
+        latents: Tensor = tensors["latents"]
+        for rescue in self.finished:
+            row = torch.tensor([rescue.row], device=latents.device)
+            latents = latents.index_copy(0, row, rescue.resumed.latents)
+        return {**tensors, "latents": latents}
+
     def _verify(self, latents: Tensor) -> None:
         """Blocks rescued images that ended in the flagged picture after all; `latents` are the clean ones."""
-        if not self.rescued:
+        rows = [rescue.row for rescue in (*self.rescued, *self.finished)]
+        if not rows:
             return
-        rows = [rescue.row for rescue in self.rescued]
         alike = resemblance(latents[rows], predicted_image(self.observations)[rows]).tolist()
         for row, value in zip(rows, alike, strict=True):
             self.cases[row].relapsed = not value <= self.guard.policy.max_resemblance

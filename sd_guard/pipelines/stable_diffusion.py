@@ -114,6 +114,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         if calibration is not None:
             guard = calibration.apply(guard)
         check_pipeline(self)
+        check_plan(self, guard)
         self._guard, self._calibration = guard, calibration
 
     def disable_guard(self) -> None:
@@ -204,6 +205,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         """Checks what can be checked before any sampling, and gathers what the session needs."""
         assert self._guard is not None
         check_pipeline(self)
+        check_plan(self, self._guard)
         if arguments["clip_skip"] is not None and not hasattr(self.text_encoder, "text_model"):
             raise ValueError(
                 f"clip_skip={arguments['clip_skip']} does not work with the installed diffusers and transformers: "
@@ -255,6 +257,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             result = {name: tensors[name] for name in ("latents", "prompt_embeds")}
             if user is not None:
                 result |= user(pipe, step, timestep, {name: tensors[name] for name in wanted})
+            session.before_step(pipe, step + 1, result["latents"])
             return result
 
         loop = (*LOOP_TENSORS, *(GUIDED_TENSORS if session.inputs.guided else ()))
@@ -299,6 +302,17 @@ def check_pipeline(pipe: Any) -> None:
     owner = getattr(pipe.unet.forward, "__module__", None) or ""
     if owner.split(".")[0] == "DeepCache":
         raise ValueError("DeepCache changes what a probe sees: call helper.disable(), or disable_guard()")
+
+
+def check_plan(pipe: Any, guard: Guard) -> None:
+    """Refuses a plan that cannot run with the pipeline at hand.
+
+    Raises:
+        ValueError: one line that names the mitigation and the remedy.
+    """
+    for mitigation in guard.plan:
+        if check := getattr(mitigation, "check", None):
+            check(pipe)
 
 
 def _prompts_of(arguments: dict[str, Any]) -> list[str] | None:

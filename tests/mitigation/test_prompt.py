@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import subject_of
 from torch import Tensor
 
 from sd_guard.mitigation import EmbeddingNoise, Subject, WordAblation
@@ -46,8 +48,15 @@ class World:
         self.flagged = prompt or ""
         embeds = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(9))
         embeds[0, 0] = -2.0
-        empty = torch.full((1, WIDTH), -1.0)
-        return Subject(prompt, embeds, empty, seed, self.encode, self.predict, lambda: self.left)
+        return subject_of(
+            prompt,
+            prompt_embeds=embeds,
+            empty_embeds=torch.full((1, WIDTH), -1.0),
+            seed=seed,
+            encode=self.encode,
+            predict=self.predict,
+            lanes_left=lambda: self.left,
+        )
 
 
 def planted(*words: str) -> Callable[[list[str]], float]:
@@ -181,9 +190,7 @@ def test_embedding_noise_depends_on_the_seed_only() -> None:
 def test_embedding_noise_has_the_strength_it_says(strength: float, scale: float) -> None:
     """In units of the embedding's own deviation, whatever that is."""
     embeds = scale * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    subject = World(planted()).subject("a")
-    subject = Subject("a", embeds, embeds * 0, 1, subject.encode, subject.predict, subject.lanes_left)
-    (change,) = EmbeddingNoise(strengths=(strength,)).propose(subject)
+    (change,) = EmbeddingNoise(strengths=(strength,)).propose(subject_of(prompt_embeds=embeds))
     moved = (change.prompt_embeds - embeds).std() / embeds.std()
     assert float(moved) == pytest.approx(strength, rel=0.05)
     assert change.strength == strength
@@ -191,15 +198,7 @@ def test_embedding_noise_has_the_strength_it_says(strength: float, scale: float)
 
 def test_embedding_noise_keeps_the_dtype() -> None:
     subject = World(planted()).subject("a")
-    half = Subject(
-        "a",
-        subject.prompt_embeds.bfloat16(),
-        subject.empty_embeds,
-        1,
-        subject.encode,
-        subject.predict,
-        subject.lanes_left,
-    )
+    half = replace(subject, prompt_embeds=subject.prompt_embeds.bfloat16())
     (change,) = EmbeddingNoise(strengths=(1.0,)).propose(half)
     assert change.prompt_embeds.dtype == torch.bfloat16
     assert torch.isfinite(change.prompt_embeds).all()

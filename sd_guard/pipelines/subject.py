@@ -1,0 +1,93 @@
+"""A flagged image as its mitigations see it: its prompt, its first latent, and the model at its first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_guard.lanes import Conditioning, call_unet
+from sd_guard.noise import NoiseLevel, Prediction, interpret, read_level
+from sd_guard.pipelines.inputs import prediction_type
+from sd_guard.pipelines.replay import Start
+from sd_guard.policy import Case
+from sd_guard.snapshots import copy_scheduler
+
+_BATCH = 16  # lanes a call of a search at least may hold, however small the batch is
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where one image's trajectory came from, and what asking the model there costs it.
+
+    Attributes:
+        pipe: the pipeline.
+        snapshots: of all B images, by step, the first step's among them.
+        lane: one row: the image's own conditional lane.
+        row: of the batch.
+        case: that pays.
+    """
+
+    pipe: Any
+    snapshots: Mapping[int, Start]
+    lane: Conditioning
+    row: int
+    case: Case
+
+    @property
+    def latents(self) -> Tensor:
+        """(C, H, W) at the first step, as the sampler has them."""
+        return self.snapshots[0].latents[self.row]
+
+    @torch.no_grad()
+    def predict(self, text: Tensor) -> Tensor:
+        """(N, tokens, width) to (N, C, H, W) predicted clean latents at the first step; spends N lanes."""
+        return self.denoise(text, self.latents.expand(len(text), -1, -1, -1)).x0_hat
+
+    def denoise(self, text: Tensor, latents: Tensor) -> Prediction:
+        """As of `Subject.denoise`."""
+        start = self.snapshots[0]
+        scheduler, timestep = copy_scheduler(start.scheduler), start.scheduler.timesteps[0]
+        x = scheduler.scale_model_input(latents, timestep).to(start.latents.dtype)
+        level, kind = read_level(scheduler, timestep), prediction_type(self.pipe)
+        size = max(_BATCH, 2 * start.latents.shape[0])
+        outputs: list[Tensor] = []
+        with _checkpointed(self.pipe.unet) if torch.is_grad_enabled() else nullcontext():
+            for points, part in zip(x.split(size), text.to(self.lane.prompt_embeds).split(size), strict=True):
+                rows = torch.zeros(len(part), dtype=torch.long, device=part.device)
+                outputs.append(call_unet(self.pipe.unet, points, timestep, self.lane.select(rows).with_prompt(part)))
+        self.bill(len(text))
+        return interpret(torch.cat(outputs), x, level, kind)
+
+    def bill(self, lanes: float) -> None:
+        """Spends lanes; a broken one counts as a whole one."""
+        self.case.lanes += math.ceil(lanes)
+
+    def level(self, step: int) -> NoiseLevel:
+        """As of `Subject.level`."""
+        scheduler = self.snapshots[step].scheduler
+        return read_level(scheduler, scheduler.timesteps[step])
+
+    def renoise(self, clean: Tensor, noise: Tensor, step: int) -> Tensor:
+        """As of `Subject.renoise`."""
+        scheduler, level = copy_scheduler(self.snapshots[step].scheduler), self.level(step)
+        x = level.a * clean + level.s * noise
+        return x / scheduler.scale_model_input(torch.ones_like(x), scheduler.timesteps[step])
+
+
+@contextmanager
+def _checkpointed(unet: Any) -> Generator[None, None, None]:
+    """Has the UNet recompute its blocks in a backward pass, so that the pass needs the memory of one of them."""
+    if not hasattr(unet, "enable_gradient_checkpointing") or unet.is_gradient_checkpointing:
+        yield
+        return
+    unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        unet.disable_gradient_checkpointing()
