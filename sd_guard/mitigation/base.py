@@ -93,6 +93,7 @@ class Change:
         resume_from: step; the trajectory before it is the host's own, and the nearest snapshot that is not later is
             what is resumed.
         attention_mask: (tokens,) bool, False where the conditional lane shall not attend to a token; None masks none.
+        anchor_embeds: (tokens, width) text that guidance leads away from; None leaves the call's own.
     """
 
     mitigation: str
@@ -104,14 +105,16 @@ class Change:
     latents: Tensor | None = None
     resume_from: int = 0
     attention_mask: Tensor | None = None
+    anchor_embeds: Tensor | None = None
 
     @property
     def own_loop(self) -> bool:
         """Whether the host's loop cannot go on with it.
 
-        Its guidance scale is one number for the batch, and a mask would change the kernels of the neighbours.
+        Its guidance scale is one number for the batch, a mask would change the kernels of the neighbours, and its other
+        lane is what prompts are compared with.
         """
-        return self.guidance is not None or self.attention_mask is not None
+        return any(own is not None for own in (self.guidance, self.attention_mask, self.anchor_embeds))
 
 
 class Mitigation(Protocol):

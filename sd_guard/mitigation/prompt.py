@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from sd_guard.mitigation.base import Change, Subject
+from sd_guard.mitigation.rewriting import Lexicon
 from sd_guard.statistics.sharpness import resemblance
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search
+_DRAWS = 100  # tokens that are drawn at most for one that is a word
+
+RandomKind: TypeAlias = Literal["add", "replace", "number", "repeat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,3 +112,65 @@ class EmbeddingNoise:
             noise = torch.randn(embeds.shape, generator=generator).to(embeds.device, torch.float32)
             noisy = embeds.float() + strength * embeds.float().std() * noise
             yield Change("embedding_noise", strength, noisy.to(embeds.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomTokens:
+    """Puts random words into the prompt, at random places.
+
+    After Somepalli et al. (2023, arXiv 2305.20086), by their published code, which makes 2 or 4 such changes. There a
+    token is any of the vocabulary; here only one that is a word by itself. Which words come depends on the subject's
+    seed only. Strength: words put in.
+
+    Attributes:
+        how: `add` a random word, `replace` a word by one, add a `number` below 100,000, or `repeat` one of the prompt.
+        counts: how many, tried in order; a larger number holds the smaller one.
+    """
+
+    how: RandomKind = "add"
+    counts: tuple[int, ...] = (2, 4)
+
+    def __post_init__(self) -> None:
+        """Refuses settings that no run could use."""
+        if self.how not in get_args(RandomKind):
+            raise ValueError(f"how={self.how!r} is not one of {', '.join(get_args(RandomKind))}")
+        if not self.counts or min(self.counts) < 1:
+            raise ValueError(f"counts={self.counts} must hold numbers of words of at least 1")
+
+    def check(self, pipe: Any) -> None:
+        """Refuses a pipeline whose words are not known.
+
+        Raises:
+            ValueError: it has no tokenizer.
+        """
+        if getattr(pipe, "tokenizer", None) is None:
+            raise ValueError("plan: random_tokens draws words, and the pipeline has no tokenizer; leave it out")
+
+    def propose(self, subject: Subject) -> Iterator[Change]:
+        """One change a number; costs no lanes to propose."""
+        words = (subject.prompt or "").split()
+        generator = torch.Generator().manual_seed(subject.seed)
+        for count in range(1, max(self.counts) + 1 if words else 1):
+            word = self._word(words, subject, generator)
+            if word is None:
+                return
+            place = _draw(len(words) + (self.how != "replace"), generator)
+            words[place : place + (self.how == "replace")] = [word]
+            if count in self.counts:
+                prompt = " ".join(words)
+                yield Change("random_tokens", float(count), subject.encode([prompt])[0], prompt)
+
+    def _word(self, words: Sequence[str], subject: Subject, generator: torch.Generator) -> str | None:
+        if self.how == "repeat":
+            return words[_draw(len(words), generator)]
+        if self.how == "number":
+            return str(_draw(100_000, generator))
+        if subject.tokenizer is None:
+            return None
+        lexicon = Lexicon(subject.tokenizer, None)
+        drawn = (lexicon.word(_draw(len(subject.tokenizer), generator)) for _ in range(_DRAWS))
+        return next((word for word in drawn if word), None)
+
+
+def _draw(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (1,), generator=generator))

@@ -76,15 +76,15 @@ class Escalation:
     def _cost_of(self, change: Change) -> int:
         """The same of this attempt."""
         start, stop = self._start(change).step, self._steps if change.own_loop else len(self.walk.scales)
-        return self.walk.cost(start, stop) + self._controls(start)
+        return self.walk.cost(start, stop) + self._controls(start, change)
 
     @property
     def _steps(self) -> int:
         return len(self.snapshots[0].scheduler.timesteps)
 
-    def _controls(self, start: int) -> int:
+    def _controls(self, start: int, change: Change | None = None) -> int:
         """Lanes an image that looking costs where the sampler evaluates no control."""
-        own = self.inputs.control_is_empty and self.inputs.guided
+        own = self.inputs.control_is_empty and self.inputs.guided and (change is None or change.anchor_embeds is None)
         return 0 if own else sum(step >= start for step in self.watch.steps)
 
     def _start(self, change: Change) -> Start:
@@ -131,7 +131,8 @@ class Escalation:
     def _attempt(self, changes: dict[int, Change]) -> list[Rescue]:
         """Samples these images again, each with its change, as far as they stand the looks."""
         rows, policy, detector = list(changes), self.guard.policy, self.guard.detector
-        own, start = next((change.own_loop, self._start(change)) for change in changes.values())
+        first = next(iter(changes.values()))
+        own, start = first.own_loop, self._start(first)
         resumed = resume(
             self.pipe,
             self.inputs,
@@ -143,7 +144,7 @@ class Escalation:
             self.empty_embeds,
             self.observations,
         )
-        self._go_on(rows, resumed, self.watch.steps[-1] + 1, self._controls(start.step))
+        self._go_on(rows, resumed, self.watch.steps[-1] + 1, self._controls(start.step, first))
         resumed.observations, scores = decide(detector, resumed.observations, partial(self._probe, rows, resumed))
         seen = self._compare(rows, resumed, scores)
         # In a loop of its own: to the second look, and what passes that to the end.

@@ -90,8 +90,7 @@ class Resumed:
     """F images on their way again, each with a change, as the host's loop goes.
 
     The caller's step callback is not called again: what it did to the latents is not repeated. Beyond where the host's
-    loop stands, its last guidance scale is repeated. An image whose change has a guidance or a mask of its own walks
-    alone.
+    loop stands, its last guidance scale is repeated. An image whose change has a loop of its own walks alone.
 
     Attributes:
         pipe: the pipeline.
@@ -143,7 +142,7 @@ class Resumed:
             output = evaluate_lanes(self.pipe.unet, x, timestep, now)
             negative, conditional = (None, output) if scale is None else output.chunk(2)
             if looked and level is not None:
-                control = negative if self.inputs.control_is_empty else None
+                control = negative if self.inputs.control_is_empty and self.changes[0].anchor_embeds is None else None
                 seen_with = now if control is not None else control_lanes(now, count, self.empty_embeds)
                 self._look(StepCall(self.step, timestep, level, x[:count], conditional, control, seen_with), kind)
             noise = conditional
@@ -169,7 +168,9 @@ class Resumed:
         count, prompts = len(self.changes), self.lanes.prompt_embeds
         share = self.step / len(self.scheduler.timesteps)
         changed = torch.stack([self.empty_embeds if is_delayed(c, share) else c.prompt_embeds for c in self.changes])
-        now = self.lanes.with_prompt(torch.cat([prompts[:-count], changed.to(prompts)]))
+        anchor = self.changes[0].anchor_embeds
+        other = prompts[:-count] if anchor is None else anchor.to(prompts)[None].expand_as(prompts[:-count])
+        now = self.lanes.with_prompt(torch.cat([other, changed.to(prompts)]))
         return now if scale is not None else now.select(torch.arange(count, device=prompts.device) - count)
 
 

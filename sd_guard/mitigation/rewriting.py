@@ -1,0 +1,335 @@
+"""Mitigations that put other words in the place of those that carry the memory, and who chooses these words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Final, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sd_guard.mitigation.base import Change, Subject, check_gradients
+from sd_guard.mitigation.optimisation import measure, objective_of, slope
+
+_TRIAL = "a photo of a red house by the sea".split()  # what a rewriter is tried on when the guard is enabled
+_NEAREST = 200  # tokens that are looked through for one that is a word
+_passed: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()  # rewriters by tokenizer: each is tried once
+
+
+@dataclass(frozen=True, slots=True)
+class Lexicon:
+    """The words that a pipeline's text encoder knows.
+
+    Attributes:
+        tokenizer: of the prompts.
+        embeddings: (V, width) input embeddings of the text encoder; None without one.
+    """
+
+    tokenizer: Any
+    embeddings: Tensor | None
+
+    def tokens(self, word: str) -> list[int]:
+        """Of one word, none of them special."""
+        return self.tokenizer(word, add_special_tokens=False).input_ids
+
+    def word(self, token: int) -> str | None:
+        """The word that a token is by itself; None for pieces, signs and special tokens."""
+        text = self.tokenizer.decode([token]).strip()
+        return text if text.isalnum() and self.tokens(text) == [token] else None
+
+    def places(self, words: Sequence[str], tokens: int) -> list[range]:
+        """Places of each word in an embedding of `tokens` places; empty for words that are cut off.
+
+        CLIP's tokenizers merge nothing across white space, so that words may be read one by one.
+        """
+        ends = accumulate((len(self.tokens(word)) for word in words), initial=1)  # after the first special token
+        return [range(start, min(end, tokens - 1)) for start, end in pairwise(ends)]
+
+
+class Rewriter(Protocol):
+    """Says a prompt otherwise.
+
+    One that needs something of its own also has a method `check(pipe)`, which raises ValueError with one line for the
+    user when the guard is enabled.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in `REWRITERS`."""
+        ...
+
+    def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
+        """The prompt without its chosen words; None where there is nothing to say.
+
+        Args:
+            words: of the prompt, as of `prompt.split()`.
+            chosen: indices of the words that must not stay.
+            lexicon: of the pipeline.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletion:
+    """Leaves the words out."""
+
+    name: str = field(default="deletion", init=False)
+
+    def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
+        """What is left; None where that is nothing."""
+        return " ".join(word for i, word in enumerate(words) if i not in chosen) or None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearestMeaning:
+    """Puts in each place the word whose token is nearest, by cosine, in the text encoder's own input embeddings.
+
+    A word of several tokens counts as their mean. Costs no lanes.
+    """
+
+    name: str = field(default="nearest_meaning", init=False)
+
+    def check(self, pipe: Any) -> None:
+        """Refuses a pipeline whose text encoder has no embeddings at hand.
+
+        Raises:
+            ValueError: likewise.
+        """
+        if _lexicon_of(pipe).embeddings is None:
+            raise ValueError("rewriter: nearest_meaning needs the text encoder's embeddings; use deletion")
+
+    def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
+        """The prompt with near words; one without a neighbour stays."""
+        others = [self._neighbour(word, lexicon) or word if i in chosen else word for i, word in enumerate(words)]
+        return " ".join(others)
+
+    def _neighbour(self, word: str, lexicon: Lexicon) -> str | None:
+        own = lexicon.tokens(word)
+        if lexicon.embeddings is None or not own:
+            return None
+        table = lexicon.embeddings.detach().float()
+        alike = torch.nn.functional.cosine_similarity(table, table[own].mean(0, keepdim=True), dim=1)
+        alike[own] = -torch.inf
+        near = map(lexicon.word, alike.topk(min(_NEAREST, len(table))).indices.tolist())
+        return next((other for other in near if other and other.casefold() != word.casefold()), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """Has a local transformers text-generation model say it, word for word the likeliest.
+
+    After Ross et al. (2024, arXiv 2411.00113), who ask GPT-4o for a caption of the same meaning with other words for
+    the given ones. The model is read once, from safetensors only, and never from the network.
+
+    Attributes:
+        folder: of the model and its tokenizer.
+        max_tokens: of an answer.
+    """
+
+    folder: str
+    max_tokens: int = 60
+    name: str = field(default="generated", init=False)
+
+    def __post_init__(self) -> None:
+        """Refuses settings that no run could use."""
+        object.__setattr__(self, "folder", str(self.folder))  # a path could not be saved as JSON
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} leaves no room for an answer; give at least 1")
+
+    def check(self, pipe: Any) -> None:
+        """Refuses a folder without such a model, before it is read.
+
+        Raises:
+            ValueError: likewise.
+        """
+        folder = Path(self.folder)
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"rewriter: folder={self.folder!r} holds no transformers model in safetensors; "
+                "give the folder that save_pretrained() wrote"
+            )
+        try:
+            _load(self.folder)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"rewriter: folder={self.folder!r} holds no text-generation model ({reason}); give one that does"
+            ) from error
+
+    def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
+        """The first line of the model's answer; None where that is blank."""
+        tokenizer, model = _load(self.folder)
+        asked = _instruction(words, chosen)
+        if tokenizer.chat_template:
+            turn = [{"role": "user", "content": asked}]
+            asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        given = tokenizer(asked, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+        with torch.no_grad():
+            answer = model.generate(
+                **given,
+                max_new_tokens=self.max_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+        said = tokenizer.decode(answer[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        line = next((line for line in said.splitlines() if line.strip()), "")
+        return " ".join(line.strip().strip("\"'`").split()) or None
+
+
+REWRITERS: Final[Mapping[str, type[Any]]] = {
+    "deletion": Deletion,
+    "nearest_meaning": NearestMeaning,
+    "generated": Generated,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenReplacement:
+    """Draws the words that a statistic hangs on, and has them said otherwise.
+
+    After Ross et al. (2024, arXiv 2411.00113): the attribution of a token is the norm of the statistic's gradient in
+    its place of the embedding (Wen et al. 2024, arXiv 2407.21720), and tokens are drawn from its softmax at temperature
+    0.1. Here whole words are drawn, and none twice; the softmax is of shares that sum to 1, since gradients have no
+    scale of their own; and the gradient is that of the first step.
+
+    Strength: words replaced. Costs an evaluation of the statistic, a backward pass through it and a lane, once.
+
+    Attributes:
+        rewriter: who finds the other words; read back from its settings where it is a mapping.
+        words: how many are replaced, tried in order; each draw holds those before it.
+        statistic: one of `sd_guard.mitigation.optimisation.OBJECTIVES`.
+        temperature: of the draw, above 0; the lower, the surer the word of the largest attribution goes first.
+    """
+
+    rewriter: Rewriter = field(default_factory=NearestMeaning)
+    words: tuple[int, ...] = (1, 2, 4)
+    statistic: str = "cfg_norm"
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuses settings that no run could use."""
+        object.__setattr__(self, "rewriter", read_rewriter(self.rewriter))
+        objective_of(self.statistic)
+        if not self.words or min(self.words) < 1:
+            raise ValueError(f"words={self.words} must hold numbers of words of at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} draws nothing; give a number above 0, such as 0.1")
+
+    def check(self, pipe: Any) -> None:
+        """Refuses a pipeline, or a rewriter, that this cannot work with.
+
+        Raises:
+            ValueError: likewise.
+        """
+        check_gradients(pipe, "token_replacement")
+        check_rewriter(self.rewriter, pipe)
+
+    def propose(self, subject: Subject) -> Iterator[Change]:
+        """One change a number of words; none where the rewriter says nothing new."""
+        words = (subject.prompt or "").split()
+        scores = attributions(subject, words, self.statistic)
+        if scores is None:
+            return
+        lexicon, tried = Lexicon(subject.tokenizer, subject.token_embeddings), {" ".join(words)}
+        order = _draw(scores, self.temperature, subject.seed)
+        for count in sorted({min(count, len(order)) for count in self.words}):
+            prompt = self.rewriter.rewrite(words, frozenset(order[:count]), lexicon)
+            if prompt and prompt.strip() and prompt not in tried:
+                tried.add(prompt)
+                yield Change("token_replacement", float(count), subject.encode([prompt])[0], prompt)
+
+
+def attributions(subject: Subject, words: Sequence[str], statistic: str) -> dict[int, float] | None:
+    """Share of each word, by index, in the norm of a statistic's gradient; spends the lanes of one.
+
+    Words that the text encoder cuts off have none. None where there are no words, lanes or gradients.
+    """
+    objective = objective_of(statistic)
+    if not words or subject.tokenizer is None or subject.lanes_left() < 1 + objective.cost(1):
+        return None
+    places = Lexicon(subject.tokenizer, None).places(words, len(subject.prompt_embeds))
+    latents = subject.latents[None]
+    with torch.no_grad():
+        without = subject.denoise(subject.empty_embeds[None], latents)
+    text = subject.prompt_embeds.detach().float().clone()[None].requires_grad_()
+    with torch.enable_grad():
+        value = measure(objective, subject, text, latents, without)
+    squares = slope(objective, subject, value, text)[0].square().sum(-1)
+    norms = {i: float(squares[place.start : place.stop].sum().sqrt()) for i, place in enumerate(places) if place}
+    total = sum(norms.values())
+    return {i: norm / total for i, norm in norms.items()} if 0 < total < float("inf") else None
+
+
+def _draw(shares: Mapping[int, float], temperature: float, seed: int) -> list[int]:
+    """Words in the order that they are drawn in, without return: by Gumbel noise, which underflows nowhere."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(shares), generator=generator, dtype=torch.float64).clamp(min=1e-12)
+    keys = torch.tensor(list(shares.values()), dtype=torch.float64) / temperature - (-uniform.log()).log()
+    words = list(shares)
+    return [words[i] for i in keys.argsort(descending=True).tolist()]
+
+
+def read_rewriter(rewriter: Rewriter | Mapping[str, Any]) -> Rewriter:
+    """A rewriter, or the one whose name and settings these are.
+
+    Raises:
+        ValueError: settings of no rewriter.
+    """
+    if not isinstance(rewriter, Mapping):
+        return rewriter
+    options = {key: value for key, value in rewriter.items() if key != "name"}
+    if rewriter.get("name") not in REWRITERS:
+        raise ValueError(f"rewriter: name={rewriter.get('name')!r} is not one of {', '.join(REWRITERS)}")
+    return REWRITERS[rewriter["name"]](**options)
+
+
+def check_rewriter(rewriter: Rewriter, pipe: Any) -> None:
+    """Refuses a rewriter that cannot work with a pipeline, or that has nothing to say: it is tried on a few words.
+
+    Raises:
+        ValueError: likewise.
+    """
+    if getattr(pipe, "tokenizer", None) is None:
+        raise ValueError(f"rewriter: {rewriter.name} rewrites words, and the pipeline has no tokenizer; leave it out")
+    if check := getattr(rewriter, "check", None):
+        check(pipe)
+    passed = _passed.setdefault(pipe.tokenizer, [])
+    if rewriter in passed:
+        return
+    lexicon = _lexicon_of(pipe)
+    said = (rewriter.rewrite(_TRIAL, frozenset({i}), lexicon) for i, word in enumerate(_TRIAL) if len(word) > 2)
+    if not any(prompt and prompt.strip() and prompt != " ".join(_TRIAL) for prompt in said):
+        raise ValueError(
+            f"rewriter: {rewriter.name} returned nothing, or the same prompt, for each word of a trial; use another one"
+        )
+    passed.append(rewriter)
+
+
+def _lexicon_of(pipe: Any) -> Lexicon:
+    encoder = getattr(pipe, "text_encoder", None)
+    table = None if encoder is None else encoder.get_input_embeddings().weight
+    return Lexicon(pipe.tokenizer, None if table is None or table.is_meta else table)
+
+
+def _instruction(words: Sequence[str], chosen: Collection[int]) -> str:
+    others = ", ".join(f'"{words[i]}"' for i in sorted(chosen))
+    return (
+        "Rewrite the caption below so that it means the same, but with other words in the place of these: "
+        f"{others}. Change numbers to near numbers, and names to no name. Answer with the new caption alone.\n"
+        f"Caption: {' '.join(words)}\nNew caption:"
+    )
+
+
+@lru_cache(maxsize=1)
+def _load(folder: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return tokenizer, model.eval()
