@@ -320,7 +320,7 @@ def _read(store: Store, name: str, columns: list[str] | None) -> Iterator[Any]:
             missing = [column for column in SCHEMA.names if column not in file.schema_arrow.names]
             if missing:
                 raise ValueError(f"{name}: lacks the columns {', '.join(missing)}; it was not written by this version")
-            for batch in file.iter_batches(GROUP, columns=columns):
+            for batch in file.iter_batches(GROUP, columns=columns, use_threads=False):
                 yield batch if columns is None else batch.select(columns)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{store.address}/{name}: cannot be read ({str(error).splitlines()[0]})") from None

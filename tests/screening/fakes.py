@@ -1,9 +1,8 @@
-"""Screeners and pipelines that only pretend, and what a test needs around them."""
+"""Screeners and pipelines that only pretend."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.null_runs import NullScreener
 from sd_guard.screening.jobs import Job
-from sd_guard.screening.records import Row
 from sd_guard.screening.screener import FullScreener, Screened, Screener
-from sd_guard.screening.settings import ModelSettings, RunSettings
+from sd_guard.screening.settings import RunSettings
 
 
 class Pretender:
@@ -72,67 +71,22 @@ class Pretender:
 
 
 @dataclass(frozen=True)
-class Null:
-    """A screener without a model: what its rows say depends on prompt and seed alone. Sleeps `seconds` a batch."""
+class Eventful(NullScreener):
+    """Notes every batch that it is given; at the one that holds `place` sends a signal, once, to `target` or itself."""
 
-    seconds: float = 0.0
-    threshold: float | None = 0.5
-
-    def screen(self, jobs: Sequence[Job]) -> Screened:
-        time.sleep(self.seconds)
-        return Screened([null_row(job) for job in jobs])
-
-
-@dataclass(frozen=True)
-class Eventful(Null):
-    """Notes every batch in a file; at the one that holds `place` sends a signal, once, to `target` or itself."""
-
-    notes: Path = Path()
+    folder: Path = Path()
     place: int = -1
     sent: int | None = None
     target: int | None = None
 
     def screen(self, jobs: Sequence[Job]) -> Screened:
-        with (self.notes / "screened").open("a") as file:
+        with (self.folder / "screened").open("a") as file:
             file.write(f"{jobs[0].index} {len(jobs)}\n")
         if self.place in {job.index for job in jobs} and self.sent is not None:
             try:
-                (self.notes / "done").touch(exist_ok=False)
+                (self.folder / "done").touch(exist_ok=False)
             except FileExistsError:
                 pass
             else:
                 os.kill(self.target or os.getpid(), self.sent)
         return super().screen(jobs)
-
-
-def null_row(job: Job) -> Row:
-    score = ((len(job.prompt) * 31 + job.seed) % 97) / 97
-    flagged = score > 0.9
-    return {
-        "prompt": job.prompt,
-        "family": job.family,
-        "seed": job.seed,
-        "score": score,
-        "flagged": flagged,
-        "outcome": "flagged" if flagged else "passed",
-        "decided_at_step": 2,
-        "extra_lanes": 1,
-        "image": None,
-        "image_before": None,
-        "index": job.index,
-        "reason": None,
-        "statistics": [],
-        "attempts": [],
-        "fingerprint": "null",
-    }
-
-
-def settings_in(folder: Path, prompts: Sequence[str], **changes: Any) -> RunSettings:
-    """Of a run in this folder, with a list and a model folder that is there; batches of three."""
-    path = folder / "prompts.csv"
-    path.write_text("prompt,family\n" + "".join(f"{text},{text[0]}\n" for text in prompts))
-    model = folder / "model"
-    model.mkdir(exist_ok=True)
-    (model / "model_index.json").write_text("{}")
-    options = {"prompts": path, "out": folder / "run", "model": ModelSettings(model=str(model)), "batch_size": 3}
-    return RunSettings(**{**options, **changes})

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from screening.fakes import Eventful, Null, settings_in
+from screening.fakes import Eventful
 
+from benchmarks.null_runs import NullScreener, null_settings
 from sd_guard.cli import main
 from sd_guard.screening.records import find_shards, read_run
 from sd_guard.screening.runner import plan_run, screen
@@ -41,7 +42,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> RunSettings:
-    return settings_in(tmp_path, PROMPTS)
+    return null_settings(tmp_path, PROMPTS)
 
 
 def started(notes: Path) -> list[int]:
@@ -50,13 +51,13 @@ def started(notes: Path) -> list[int]:
 
 def local_rows(settings: RunSettings) -> list[Any]:
     alone = replace(settings, out=f"{settings.out}-local")
-    screen(plan_run(alone), lambda asked: Null())
+    screen(plan_run(alone), lambda asked: NullScreener())
     return read_run(Path(str(alone.out)))
 
 
 def test_rows_are_those_of_one_process_and_a_lost_worker_costs_its_batch_alone(settings: RunSettings) -> None:
     notes = Path(settings.out).parent
-    screener = Eventful(seconds=0.02, notes=notes, place=31, sent=signal.SIGKILL)
+    screener = Eventful(seconds=0.02, folder=notes, place=31, sent=signal.SIGKILL)
     summary = screen_with_ray(plan_run(settings), TWO, lambda asked: screener)
     rows = read_run(Path(settings.out))
     assert rows == local_rows(settings)
@@ -67,7 +68,7 @@ def test_rows_are_those_of_one_process_and_a_lost_worker_costs_its_batch_alone(s
 
 def test_an_interrupt_lets_every_worker_finish_its_batch(settings: RunSettings) -> None:
     notes = Path(settings.out).parent
-    screener = Eventful(seconds=0.1, notes=notes, place=6, sent=signal.SIGINT, target=os.getpid())
+    screener = Eventful(seconds=0.1, folder=notes, place=6, sent=signal.SIGINT, target=os.getpid())
     with pytest.raises(KeyboardInterrupt):
         screen_with_ray(plan_run(settings), TWO, lambda asked: screener)
     written = [shard.rows.start for shard in find_shards(Path(settings.out))]
@@ -80,7 +81,7 @@ def test_an_interrupt_lets_every_worker_finish_its_batch(settings: RunSettings) 
 
 
 def test_what_goes_wrong_in_a_worker_is_one_line_and_leaves_the_folder_free(settings: RunSettings) -> None:
-    def broken(asked: RunSettings) -> Null:
+    def broken(asked: RunSettings) -> NullScreener:
         raise ValueError("model: cannot be loaded (it is broken)")
 
     with pytest.raises(ValueError, match=r"^model: cannot be loaded \(it is broken\)$"):
@@ -103,7 +104,7 @@ def test_the_command_screens_with_ray(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_cluster_that_is_too_small_is_one_line(settings: RunSettings) -> None:
     with pytest.raises(ValueError, match="--workers 3: the cluster has 2 CPUs and 0 GPUs; use fewer"):
-        screen_with_ray(plan_run(settings), ClusterSettings(workers=3), lambda asked: Null())
+        screen_with_ray(plan_run(settings), ClusterSettings(workers=3), lambda asked: NullScreener())
 
 
 def test_an_address_that_cannot_be_reached_is_one_line(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +115,6 @@ def test_an_address_that_cannot_be_reached_is_one_line(settings: RunSettings, mo
         address = f"127.0.0.1:{free.getsockname()[1]}"
     for each in (address, f"ray://{address}"):
         with pytest.raises(ValueError, match=f"--ray-address {each}: cannot be reached .*ConnectionRefused") as caught:
-            screen_with_ray(plan_run(settings), ClusterSettings(address=each), lambda asked: Null())
+            screen_with_ray(plan_run(settings), ClusterSettings(address=each), lambda asked: NullScreener())
         assert "\n" not in str(caught.value)
     shutil.rmtree(settings.out)

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from screening.fakes import Null, Pretender, settings_in
+from screening.fakes import Pretender
 
+from benchmarks.null_runs import NullScreener, null_settings
 from sd_guard.screening import settings as settings_module
 from sd_guard.screening import storage
 from sd_guard.screening.jobs import Job
@@ -28,7 +29,7 @@ PROMPTS = ["a", "memorized b", "c", "memorized hopeless d", "e"]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> RunSettings:
-    return settings_in(tmp_path, PROMPTS, seeds=2)
+    return null_settings(tmp_path, PROMPTS, seeds=2)
 
 
 def rewrite(settings: RunSettings, *prompts: str) -> RunSettings:
@@ -187,7 +188,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_row(
     assert len(again.calls) == 10 - kept
 
 
-class Interrupted(Null):
+class Interrupted(NullScreener):
     """Is sent a signal while it screens its second batch, which it finishes."""
 
     def screen(self, jobs: Sequence[Job]) -> Screened:
@@ -202,7 +203,7 @@ def test_an_interrupt_finishes_the_batch_and_writes_it(settings: RunSettings) ->
         screen(plan_run(settings), lambda asked: Interrupted())
     assert signal.getsignal(signal.SIGINT) is before
     assert [shard.rows for shard in find_shards(Path(settings.out))] == [range(3), range(3, 6)]
-    assert screen(plan_run(settings, resume=True), lambda asked: Null()) is not None
+    assert screen(plan_run(settings, resume=True), lambda asked: NullScreener()) is not None
     assert [row["index"] for row in read_run(Path(settings.out))] == list(range(10))
 
 
