@@ -45,10 +45,15 @@ def guard_from_json(text: str) -> Guard:
 def _named(instance: Any, registry: dict[str, type[Any]]) -> dict[str, Any]:
     for name, kind in registry.items():
         if type(instance) is kind:
-            return {"name": name, **asdict(instance)}
+            values = {f.name: getattr(instance, f.name) for f in fields(instance)}
+            nested = {key: _named(v, registry) for key, v in values.items() if type(v) in registry.values()}
+            return {"name": name, **asdict(instance), **nested}
     raise ValueError(f"{type(instance).__name__} is not among {', '.join(registry)} and cannot be saved")
 
 
 def _build(content: dict[str, Any], registry: dict[str, type[Any]]) -> Any:
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items() if key != "name"}
+    for key, value in options.items():
+        if isinstance(value, dict) and value.get("name") in registry:
+            options[key] = _build(value, registry)
     return registry[content["name"]](**options)

@@ -1,7 +1,10 @@
 """Mitigations: what to change about a flagged image's sampling. A file a family."""
 
+from sd_guard.mitigation.attention import SummaryMask
 from sd_guard.mitigation.base import Change, Mitigation, Subject
-from sd_guard.mitigation.guidance import DelayedGuidance
+from sd_guard.mitigation.guidance import DelayedGuidance, DynamicTransition, LowerGuidance, OppositeGuidance
+from sd_guard.mitigation.latents import NewSeed, NoiseOptimisation, Renoise
+from sd_guard.mitigation.later import Later
 from sd_guard.mitigation.optimisation import EmbeddingOptimisation
 from sd_guard.mitigation.prompt import EmbeddingNoise, RandomTokens, WordAblation
 from sd_guard.mitigation.reanchoring import PromptReanchoring
@@ -14,7 +17,15 @@ MITIGATIONS: dict[str, type[Mitigation]] = {
     "embedding_optimisation": EmbeddingOptimisation,
     "token_replacement": TokenReplacement,
     "prompt_reanchoring": PromptReanchoring,
+    "lower_guidance": LowerGuidance,
     "delayed_guidance": DelayedGuidance,
+    "dynamic_transition": DynamicTransition,
+    "opposite_guidance": OppositeGuidance,
+    "new_seed": NewSeed,
+    "noise_optimisation": NoiseOptimisation,
+    "renoise": Renoise,
+    "summary_mask": SummaryMask,
+    "later": Later,
 }
 
 __all__ = [
@@ -22,15 +33,23 @@ __all__ = [
     "Change",
     "DelayedGuidance",
     "Deletion",
+    "DynamicTransition",
     "EmbeddingNoise",
     "EmbeddingOptimisation",
     "Generated",
+    "Later",
+    "LowerGuidance",
     "Mitigation",
     "NearestMeaning",
+    "NewSeed",
+    "NoiseOptimisation",
+    "OppositeGuidance",
     "PromptReanchoring",
     "RandomTokens",
+    "Renoise",
     "Rewriter",
     "Subject",
+    "SummaryMask",
     "TokenReplacement",
     "WordAblation",
 ]
