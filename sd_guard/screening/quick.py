@@ -7,9 +7,10 @@ LID. It is computed once a seed. A prompt then costs one lane, and where the det
 The level is reached from the first latent by a single deterministic step: at these noise levels that loses nothing
 against a fine schedule. `benchmarks/quick.py` measures this, and what else was tried.
 
-Scores are on a scale of their own: all prompts of a seed share its latent, and lie higher or lower together. So quick
-depth has its own threshold, and refuses a calibration of full depth. One of quick depth is made by a `Calibrator` from
-`QuickScreener.measure`, with the seeds that will be screened.
+Scores are the detector's, on a scale of their own: all prompts of a seed share its control, whose detail then tells no
+prompt from another, but seeds apart. So `added_detail` is relative to the least detail that a control counts with
+(`CONTROL_FLOOR`) and not to the control's, and quick depth has a threshold and a range of doubt of its own. It refuses
+a calibration of full depth; a `Calibrator` makes one from `QuickScreener.measure`, best at the seeds to be screened.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ from sd_guard.screening.settings import ModelSettings
 from sd_guard.snapshots import copy_scheduler
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.lid import probe_products, trajectory_lid
+from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
-# Chosen on `tune` rows of the bundled checkpoint: the level by AUROC, the threshold as the least that 1 % exceed of the
-# benign images of eight seeds.
-QUICK: Final = Guard(observe_at=(0.04,), probes=1, detector=PrematureDetail(threshold=0.32))
+# Chosen on `tune` rows of the bundled checkpoint, each at 24 seeds: the level by AUROC and lanes, the range of doubt as
+# the narrowest that loses nothing, the threshold as the least that at most 1 % of the benign images exceed, rounded up.
+QUICK: Final = Guard(
+    observe_at=(0.04,), look_again_at=None, probes=1, detector=PrematureDetail(threshold=0.6, doubt=(0.4, 0.9))
+)
 FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
 KEPT_SEEDS: Final = 8  # whose controls are kept from one batch to the next
 _OUTCOMES: Final[dict[Verdict, Outcome]] = {"pass": "passed", "flag": "kept", "unscored": "unscored"}
@@ -197,7 +201,7 @@ class QuickScreener:
             )
             for k, place in enumerate(self.observed)
         ]
-        free = [observe(call, prediction_type(self.pipe)) for call in calls]
+        free = [self._observe(call) for call in calls]
 
         def ask(rows: Sequence[int]) -> Observation:
             return self._probe(free[-1], calls[-1], control.lid, seeds, rows)
@@ -244,6 +248,16 @@ class QuickScreener:
         device, dtype = self.empty.device, self.empty.dtype
         noise = randn_tensor((len(seeds), *self.noise_shape), generator=generators, device=device, dtype=dtype)
         return self.scheduler.scale_model_input(noise * self.scheduler.init_noise_sigma, self.first.timestep)
+
+    def _observe(self, call: StepCall) -> Observation:
+        """The free statistics, with the detail that the prompt adds relative to `CONTROL_FLOOR`."""
+        kind = prediction_type(self.pipe)
+        seen = observe(call, kind)
+        assert call.control is not None
+        above = (
+            detail(interpret(call.control, call.x, call.level, kind).x0_hat).clamp(min=CONTROL_FLOOR) / CONTROL_FLOOR
+        )
+        return replace(seen, values={**seen.values, "added_detail": seen.values["added_detail"] + above.log()})
 
     def _probe(
         self, seen: Observation, call: StepCall, lid_control: Tensor, seeds: Sequence[int], rows: Sequence[int]

@@ -23,6 +23,7 @@ from sd_guard.screening.calibrating import score_prompts
 from sd_guard.screening.jobs import Job
 from sd_guard.screening.quick import FLAGGED, KEPT_SEEDS, QuickScreener
 from sd_guard.screening.settings import ModelSettings
+from sd_guard.statistics.sharpness import CONTROL_FLOOR
 
 MODEL = ModelSettings(model="tiny/random", steps=8)
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat")]
@@ -31,7 +32,7 @@ NOBODY = PrematureDetail(threshold=math.inf, doubt=(math.inf, -math.inf))
 
 
 def guard(detector: Any = EVERYBODY, *, at: float = 0.13, probes: int = 1) -> Guard:
-    return Guard(observe_at=(at,), probes=probes, detector=detector)
+    return Guard(observe_at=(at,), look_again_at=None, probes=probes, detector=detector)
 
 
 def values(record: GuardRecord) -> dict[tuple[int, str], float]:
@@ -69,11 +70,14 @@ def test_the_first_step_is_measured_as_by_full_depth(parts: dict[str, Any], sche
     made.scheduler.register_to_config(prediction_type=prediction)
     settings = guard(at=0.0, probes=2)
     made.enable_guard(settings)
-    full = score_prompts(made, PROMPTS[:2], [5, 7], num_inference_steps=8, guidance_scale=7.5)
+    asked = {"num_inference_steps": 8, "guidance_scale": 7.5}
+    full = score_prompts(made, PROMPTS[:2], [5, 7], **asked)
+    controls = score_prompts(made, ["", ""], [5, 7], **asked)
     quick = QuickScreener.make(made, MODEL, guard=settings).measure(PROMPTS[:2], [5, 7])
-    for ours, theirs in zip(quick, full, strict=True):
+    for ours, theirs, control in zip(quick, full, controls, strict=True):
         expected = {at: value for at, value in values(theirs).items() if at[0] == 0}
         assert len(expected) == 5
+        expected[0, "added_detail"] += math.log(max(values(control)[0, "detail"] / CONTROL_FLOOR, 1.0))
         assert values(ours) == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
@@ -110,7 +114,7 @@ def test_a_prompt_costs_one_lane_and_one_more_a_probe(
 
 
 def test_levels_are_averaged_and_no_probe_is_spent_where_none_is_allowed(pipe: Any) -> None:
-    settings = Guard(observe_at=(0.0, 0.25), probes=0, detector=EVERYBODY)
+    settings = Guard(observe_at=(0.0, 0.25), look_again_at=None, probes=0, detector=EVERYBODY)
     record = QuickScreener.make(pipe, MODEL, guard=settings).measure(PROMPTS[:1], [0])[0]
     added = [values(record)[step, "added_detail"] for step in (0, 2)]
     assert record.score == pytest.approx(np.mean(added), rel=1e-5)
