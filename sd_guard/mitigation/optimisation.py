@@ -159,7 +159,7 @@ def slope(objective: Objective, subject: Subject, value: Tensor, by: Tensor, *, 
         by: the leaf that it was measured with.
         probes: likewise.
     """
-    (gradient,) = torch.autograd.grad(value.sum(), by)
+    (gradient,) = torch.autograd.grad(value, by)
     subject.bill(BACKWARD_LANES * objective.lanes(probes))
     return gradient if objective.rises else -gradient
 
@@ -228,7 +228,7 @@ class EmbeddingOptimisation:
                 value = measure(objective, subject, text, latents, without, probes=self.probes, draw=step)
             if not bool(value.isfinite()):
                 return
-            if self._met(objective, float(value)):
+            if self._met(objective, value.item()):
                 del value  # holds the activations
                 if step and step not in self.steps:
                     yield change(float(step), text.detach()[0].to(dtype, copy=True))
