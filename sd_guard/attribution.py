@@ -5,9 +5,8 @@ positions of the prompt embedding: the text encoder mixes all words into the lat
 the padding holds most of a memory. Gradients go through the text encoder to the token embeddings that it is given, and
 words are ablated in the text. *Places* come from the local LID.
 
-How often the first of all words is one of the two rare words of a caption that was memorized, on the 20 verbatim `tune`
-and the 20 `report` rows of the bundled checkpoint (50 DDIM steps, guidance 7.5, seed 0; chance: 2 and 2): `ablation` 18
-and 17, `gradient_norm` 15 and 18, `integrated_gradients` 14 and 14; `ablation` of single words, 5 and 14.
+How often the first of all words is one of a memorized caption's two rare ones, and how well the map tells pinned places
+from free ones, by method and step: `benchmarks/attribution.py`.
 """
 
 from __future__ import annotations
@@ -204,11 +203,12 @@ def integrated_gradients(
 
 
 def ablation(calls: Sequence[StepCall], model: Denoiser, text: PromptText, *, run: int = 2) -> WordAttribution:
-    """How far the statistic falls without a word and its neighbour, by captum's `Occlusion`, mean over the steps.
+    """How far the statistic falls without a word and its neighbours, by captum's `FeatureAblation`, mean over steps.
 
-    Each run of `run` words, fewer where that would be all, is left out of the text in turn; a word's score is the mean
-    fall of the runs that it is in. Of two names that each carry the memory, leaving out one alone would miss both.
-    Costs a lane a run and step, and one a step.
+    Each run of `run` words, fewer where that would be all, is left out of the text in turn. Of two names that each
+    carry the memory, leaving out one alone would miss both. A word's score is halfway between the largest fall of the
+    runs that it is in and their mean: the mean alone would spread a name over its neighbours, the largest alone would
+    not tell them apart. Costs a lane a run and step, and `run` a step.
 
     Raises:
         ImportError: captum is not installed.
@@ -220,16 +220,21 @@ def ablation(calls: Sequence[StepCall], model: Denoiser, text: PromptText, *, ru
     # Words that were cut off stay out, or one of them would come in for each that is left out.
     seen = sorted({word for word in text.word_of_token if word is not None})
     width = max(1, min(run, len(seen) - 1))
-    own = slice(width - 1, width - 1 + len(seen))  # blanks beside it, so that no word is in fewer runs than others
 
     def scores(statistic: EmbedsFunction) -> Tensor:
         def of_kept(kept: Tensor) -> Tensor:
-            rows = [[text.words[k] for k, keep in zip(seen, row, strict=True) if keep] for row in kept[:, own].tolist()]
+            rows = [[text.words[k] for k, keep in zip(seen, row, strict=True) if keep] for row in kept.tolist()]
             return statistic(text.encode_prompts([" ".join(row) for row in rows]))
 
-        all_kept = torch.ones(1, len(seen) + 2 * (width - 1), device=text.tokens.device)
-        found: Tensor = attr.Occlusion(of_kept).attribute(all_kept, (width,), perturbations_per_eval=_ROWS)
-        return torch.zeros(len(text.words)).index_copy(0, torch.tensor(seen), found[0, own].float().cpu())
+        ablate, all_kept = attr.FeatureAblation(of_kept), torch.ones(1, len(seen), device=text.tokens.device)
+        places = torch.arange(len(seen), device=all_kept.device)[None]
+        falls: list[Tensor] = [  # one tiling of the words a shift: every run is in one of them
+            ablate.attribute(all_kept, feature_mask=(places + shift) // width, perturbations_per_eval=_ROWS)
+            for shift in range(width)
+        ]
+        fall = torch.cat(falls).float().cpu()
+        fall = (fall.amax(0) + fall.mean(0)) / 2
+        return torch.zeros(len(text.words)).index_copy(0, torch.tensor(seen), fall)
 
     return _mean_over_steps(calls, model, text, scores, "ablation")
 

@@ -176,6 +176,7 @@ def explanation(words: WordAttribution = WORDS) -> Explanation:
         score=1.0,
         threshold=0.25,
         step=3,
+        shown=20,
         count=50,
         words=words,
         image=ramp.repeat(3, 1, 1),

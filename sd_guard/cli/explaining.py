@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from sd_guard.attribution import WordAttribution
     from sd_guard.detection import Verdict
+    from sd_guard.statistics.base import StepCall
 
 MethodName: TypeAlias = Literal["ablation", "gradient_norm", "integrated_gradients"]
 
@@ -43,15 +44,16 @@ _WIDTH: Final = 24  # characters of a word in the figure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """What the guard saw at its deciding step, and what that rests on.
+    """What the guard saw, and what that rests on.
 
     Attributes:
         verdict: before any mitigation.
         score: of the detector.
         threshold: above which it flags.
-        step: the deciding one, an index into the schedule.
+        step: the one that decided, an index into the schedule.
         count: steps of the schedule.
         words: shares of the words.
+        shown: the step of the last look, where the image and the places are read.
         image: (3, h, w) the image that is predicted there, in [0, 1].
         left_open: (H, W) share of the directions of a place left open, with the prompt.
         left_open_without: (H, W) without it.
@@ -63,6 +65,7 @@ class Explanation:
     step: int
     count: int
     words: WordAttribution
+    shown: int
     image: Tensor
     left_open: Tensor
     left_open_without: Tensor
@@ -81,7 +84,7 @@ def explain(
 ) -> None:
     """Show which words, and which places, a verdict rests on.
 
-    Samples up to the step at which the guard decides.
+    Samples up to the guard's last look.
     """
     with one_line(BAD_ARGUMENTS):
         _check(prompt, out, guidance_scale)
@@ -125,7 +128,10 @@ def _check(prompt: str, out: Path, guidance_scale: float) -> None:
 
 
 def look(pipe: Any, prompt: str, settings: ModelSettings, *, seed: int, method: MethodName) -> Explanation:
-    """Samples up to the deciding step, and attributes what the guard saw.
+    """Samples up to the guard's last look, and attributes what it saw.
+
+    Words are those of the observed steps; places are read at the last look, since the local LID falls to 0 everywhere
+    where the noise is high.
 
     Args:
         pipe: a `GuardedStableDiffusionPipeline` with its guard on.
@@ -145,25 +151,30 @@ def look(pipe: Any, prompt: str, settings: ModelSettings, *, seed: int, method: 
     scheduler = deepcopy(pipe.scheduler)
     scheduler.set_timesteps(settings.steps)
     count = len(scheduler.timesteps)
-    watched = pipe.guard.steps(count)
+    guard = pipe.guard
     model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64])  # the probes that the guard would draw
-    watching, text = Watching(pipe.guard, model, watched), read_text(pipe, prompt)
-    calls, score = [], 0.0
+    watching, text = Watching(guard, model, guard.steps(count), guard.second_look(count)), read_text(pipe, prompt)
+    calls: list[StepCall] = []
+    score, threshold, step, verdict = 0.0, guard.detector.threshold, 0, None
     for call in walk(pipe, [prompt], [seed], steps=settings.steps, guidance_scale=settings.guidance_scale):
-        if call.step in watched:
+        if call.step in watching.steps or call.step == guard.last_step(count):
             calls.append(call)
-        if (decided := watching.watch(call)) is not None:
-            score = decided[0][0]
+        if (decided := watching.watch(call)) is not None and verdict != "flag":
+            score, step = decided[0][0], call.step
+            verdict = verdict_of(score, threshold)
+        if call.step == guard.last_step(count):
             break
-    last, threshold = calls[-1], pipe.guard.detector.threshold
+    last = calls[-1]
+    assert verdict is not None
     assert model.decode is not None
     return Explanation(
-        verdict=verdict_of(score, threshold),
+        verdict=verdict,
         score=score,
         threshold=threshold,
-        step=last.step,
+        step=step,
         count=count,
-        words=METHODS[method](calls, model, text),
+        words=METHODS[method](calls[: len(watching.steps)], model, text),
+        shown=last.step,
         image=model.decode(model.read(last, "conditional").x0_hat)[0].cpu(),
         left_open=pinned_map(last, model, probes=_PROBES)[0].cpu(),
         left_open_without=pinned_map(last, model, probes=_PROBES, lane="control")[0].cpu(),
@@ -244,7 +255,7 @@ def _draw_words(axis: Any, words: WordAttribution) -> None:
 
 def _draw_image(axis: Any, found: Explanation) -> None:
     axis.imshow(found.image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axis.set_title("image predicted at that step")
+    axis.set_title(f"image predicted at step {found.shown}")
     axis.set_axis_off()
     axis.set_anchor("N")
 
