@@ -163,13 +163,16 @@ class Generated:
             ) from error
 
     def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
-        """The first line of the model's answer; None where that is blank."""
+        """The first line of the model's answer; None where that is blank, or the prompt too long for the model."""
         tokenizer, model = _load(self.folder)
         asked = _instruction(words, chosen)
         if tokenizer.chat_template:
             turn = [{"role": "user", "content": asked}]
             asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         given = tokenizer(asked, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+        length, longest = given["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and length + self.max_tokens > longest:
+            return None
         with torch.no_grad():
             answer = model.generate(
                 **given,
@@ -177,7 +180,7 @@ class Generated:
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
-        said = tokenizer.decode(answer[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        said = tokenizer.decode(answer[0, length:], skip_special_tokens=True)
         line = next((line for line in said.splitlines() if line.strip()), "")
         return " ".join(line.strip().strip("\"'`").split()) or None
 

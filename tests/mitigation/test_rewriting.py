@@ -1,0 +1,402 @@
+"""Which words are drawn, what is said instead, and which rewriters are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mitigation.worlds import Remembering
+from tiny import TOKENS, byte_tokenizer, components
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, GPT2Config, GPT2LMHeadModel
+
+from sd_guard.guard import Guard
+from sd_guard.mitigation import Deletion, Generated, NearestMeaning, Subject, TokenReplacement, rewriting
+from sd_guard.mitigation.base import BACKWARD_LANES
+from sd_guard.mitigation.rewriting import Lexicon, attributions, check_rewriter
+from sd_guard.settings import guard_from_json, guard_to_json
+
+TOKENIZER = byte_tokenizer()
+WORDS = ["a", "b", "c", "d"]
+
+
+def letter(word: str) -> int:
+    """Token of a word of one letter."""
+    return TOKENIZER(word, add_special_tokens=False).input_ids[0]
+
+
+def near(**pairs: str) -> Lexicon:
+    """A lexicon in which each key is nearer to its value than to any other word."""
+    table = torch.eye(len(TOKENIZER))
+    for one, other in pairs.items():
+        table[letter(one)] += table[letter(other)] / 2
+    return Lexicon(TOKENIZER, table)
+
+
+@dataclass
+class Texts:
+    """Encodes prompts as their numbers, which a test can read back."""
+
+    prompts: list[str] = field(default_factory=list)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        self.prompts += prompts
+        first = len(self.prompts) - len(prompts)
+        return torch.arange(first, len(self.prompts)).float()[:, None, None].expand(-1, 5, 4)
+
+
+def subject_of_words(weights: Sequence[float], prompt: str = "a b c d", **fields: Any) -> Subject:
+    """One whose words, a token each, carry so much of the memory."""
+    table = near(a="p", b="q", c="r", d="s").embeddings
+    world = Remembering(weights=(*weights, 0.0), budget=fields.pop("budget", 10_000.0))
+    own = {"tokenizer": TOKENIZER, "token_embeddings": table, "encode": Texts().encode}
+    return world.subject(prompt, **(own | fields))
+
+
+def test_places_of_words() -> None:
+    lexicon = Lexicon(TOKENIZER, None)
+    places = lexicon.places(["a", "bcd", "e"], TOKENS)
+    assert places == [range(1, 2), range(2, 5), range(5, 6)]
+    ids = TOKENIZER("a bcd e").input_ids
+    assert [TOKENIZER.decode(ids[place.start : place.stop]).strip() for place in places] == ["a", "bcd", "e"]
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=6), max_size=12))
+def test_words_that_are_cut_off_have_no_places(words: list[str]) -> None:
+    """Places are those of the encoder's own reading, the first and last token apart."""
+    read = TOKENIZER(" ".join(words), truncation=True, max_length=TOKENS).input_ids
+    places = Lexicon(TOKENIZER, None).places(words, TOKENS)
+    assert [i for place in places for i in place] == list(range(1, len(read) - 1))
+
+
+def test_what_is_a_word() -> None:
+    lexicon = Lexicon(TOKENIZER, None)
+    assert lexicon.word(letter("k")) == "k"
+    assert lexicon.word(letter("7")) == "7"
+    no_words = [TOKENIZER.bos_token_id, TOKENIZER.eos_token_id, letter(","), letter("kk")]
+    assert [lexicon.word(token) for token in no_words] == [None] * 4
+
+
+@given(st.sets(st.integers(0, 3)))
+def test_deletion_leaves_the_rest(chosen: set[int]) -> None:
+    rest = [word for i, word in enumerate(WORDS) if i not in chosen]
+    assert Deletion().rewrite(WORDS, chosen, near()) == (" ".join(rest) if rest else None)
+
+
+def test_the_nearest_word_by_its_token() -> None:
+    assert NearestMeaning().rewrite(WORDS, {1, 3}, near(b="q", d="z")) == "a q c z"
+
+
+def test_a_word_of_several_tokens_counts_as_their_mean() -> None:
+    lexicon = near(y="q", z="q")  # y</w> and z</w>; of "xyz" only z</w> is one of these
+    assert NearestMeaning().rewrite(["xyz", "a"], {0}, lexicon) == "q a"
+
+
+def test_near_pieces_signs_and_the_word_itself_are_no_words() -> None:
+    lexicon = near(b="q")
+    assert lexicon.embeddings is not None
+    own = lexicon.embeddings[letter("b")]
+    for token in (letter("bb"), letter("B"), letter(","), TOKENIZER.eos_token_id):  # "bb" starts with a piece
+        lexicon.embeddings[token] = own
+    assert NearestMeaning().rewrite(WORDS, {1}, lexicon) == "a q c d"
+
+
+def test_without_embeddings_no_word_is_near() -> None:
+    assert NearestMeaning().rewrite(WORDS, {1}, Lexicon(TOKENIZER, None)) == "a b c d"
+
+
+def test_attribution_is_the_share_in_the_gradient() -> None:
+    """In the closed form a place's gradient is its weight, whatever the statistic."""
+    weights = (0.2, 0.5, 0.0, 0.1)
+    for statistic in ("cfg_norm", "trajectory_lid", "added_detail"):
+        shares = attributions(subject_of_words(weights), WORDS, statistic)
+        assert shares == pytest.approx({i: weight / 0.8 for i, weight in enumerate(weights)}, abs=1e-3)
+
+
+def test_a_word_of_several_tokens_has_the_norm_of_them_all() -> None:
+    shares = attributions(subject_of_words((0.3, 0.4, 0.5, 0.0)), ["ab", "c"], "cfg_norm")
+    assert shares == pytest.approx({0: 0.5, 1: 0.5}, abs=1e-3)
+
+
+def test_words_that_are_cut_off_carry_nothing() -> None:
+    shares = attributions(subject_of_words((0.2, 0.5, 0.0, 0.1)), [*WORDS, "e", "f"], "cfg_norm")
+    assert shares is not None
+    assert list(shares) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("fields", [{"prompt": None}, {"prompt": ""}, {"prompt": " "}, {"tokenizer": None}])
+def test_nothing_to_replace(fields: dict[str, Any]) -> None:
+    subject = replace(subject_of_words((0.2, 0.5, 0.0, 0.1)), **fields)
+    assert list(TokenReplacement().propose(subject)) == []
+    assert subject.lanes_left() == 10_000
+
+
+def test_no_gradient_no_change() -> None:
+    assert list(TokenReplacement().propose(subject_of_words((0.0, 0.0, 0.0, 0.0)))) == []
+
+
+@given(st.integers(0, 12))
+def test_the_budget_is_kept(budget: int) -> None:
+    """A control, an evaluation of the statistic and its gradient, or nothing."""
+    subject = subject_of_words((0.2, 0.5, 0.0, 0.1), budget=budget)
+    changes = list(TokenReplacement().propose(subject))
+    cost = 2 + BACKWARD_LANES
+    assert bool(changes) == (budget >= cost)
+    assert budget - subject.lanes_left() == (cost if budget >= cost else 0)
+
+
+def test_the_words_that_carry_the_memory_are_said_otherwise() -> None:
+    replacement = TokenReplacement(words=(1, 2, 9), temperature=1e-3)
+    texts = Texts()
+    changes = list(replacement.propose(subject_of_words((0.2, 0.5, 0.0, 0.1), encode=texts.encode)))
+    assert [(c.mitigation, c.strength, c.prompt) for c in changes] == [
+        ("token_replacement", 1.0, "a q c d"),
+        ("token_replacement", 2.0, "p q c d"),
+        ("token_replacement", 4.0, "p q r s"),
+    ]
+    assert [texts.prompts[int(change.prompt_embeds[0, 0])] for change in changes] == [c.prompt for c in changes]
+
+
+def test_what_is_left_when_the_memory_is_deleted_is_remembered_less() -> None:
+    """With a text encoder of the closed form: the model's memory falls as words go."""
+    weights = {"a": 0.2, "b": 0.5, "c": 0.0, "d": 0.1}
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        kept = [[weights[word] > 0 and word in prompt.split() for word in WORDS] for prompt in prompts]
+        return torch.tensor([[1, *row, 0] for row in kept]).float()[..., None].expand(-1, -1, 4)
+
+    subject = subject_of_words(tuple(weights.values()), encode=encode)
+    world = Remembering(weights=(*weights.values(), 0.0))
+    changes = TokenReplacement(rewriter=Deletion(), temperature=1e-3, words=(1, 2, 3)).propose(subject)
+    assert [float(world.memory(change.prompt_embeds[None])) for change in changes] == pytest.approx([0.3, 0.1, 0.0])
+
+
+def test_draws_follow_the_softmax() -> None:
+    """Of the first word drawn, over 2,000 seeds; each draw holds the words of the smaller one."""
+    shares, temperature = {0: 0.3, 1: 0.5, 2: 0.2}, 0.2
+    orders = [rewriting._draw(shares, temperature, seed) for seed in range(2000)]
+    firsts = Counter(order[0] for order in orders)
+    total = sum(math.exp(share / temperature) for share in shares.values())
+    for word, share in shares.items():
+        assert firsts[word] / 2000 == pytest.approx(math.exp(share / temperature) / total, abs=0.04)
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+    assert rewriting._draw(shares, temperature, 3) == orders[3]
+
+
+@dataclass(frozen=True)
+class Stubborn:
+    """Has nothing to say about b, repeats the prompt for c, and says the same of a as of d."""
+
+    name: str = "stubborn"
+
+    def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
+        return {1: None, 2: " ".join(words)}.get(max(chosen), "something else")
+
+
+def test_a_rewriter_with_nothing_new_to_say_is_passed_over() -> None:
+    """The draw goes b, a, c, d: nothing, nothing, the same, something; and that once only."""
+    replacement = TokenReplacement(rewriter=Stubborn(), words=(1, 2, 3, 4), temperature=1e-4)
+    changes = list(replacement.propose(subject_of_words((0.3, 0.5, 0.2, 0.1))))
+    assert [(change.strength, change.prompt) for change in changes] == [(4.0, "something else")]
+    again = TokenReplacement(rewriter=Stubborn(), words=(1, 2), temperature=1e-4)
+    changes = list(again.propose(subject_of_words((0.2, 0.1, 0.1, 0.5))))
+    assert [change.prompt for change in changes] == ["something else"]
+
+
+@dataclass(frozen=True)
+class Mute:
+    name: str = "mute"
+
+    def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
+        return " "
+
+
+@dataclass(frozen=True)
+class Parrot:
+    name: str = "parrot"
+
+    def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
+        return " ".join(words)
+
+
+@dataclass
+class Counted:
+    calls: int = 0
+    name: str = "counted"
+
+    def rewrite(self, words: Sequence[str], chosen: Collection[int], lexicon: Lexicon) -> str | None:
+        self.calls += 1
+        return "other words"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """What a check looks at."""
+    parts = components()
+    return SimpleNamespace(**parts)
+
+
+@pytest.mark.parametrize("rewriter", [Mute(), Parrot()])
+def test_a_rewriter_that_says_nothing_is_refused_when_it_is_configured(pipe: Any, rewriter: Any) -> None:
+    with pytest.raises(ValueError, match=f"rewriter: {rewriter.name} returned nothing, or the same prompt"):
+        TokenReplacement(rewriter=rewriter).check(pipe)
+
+
+def test_a_rewriter_is_tried_once(pipe: Any) -> None:
+    """Plans are checked before each call, and a generated answer is dear."""
+    rewriter = Counted()
+    for _ in range(3):
+        check_rewriter(rewriter, pipe)
+    assert rewriter.calls == 1
+
+
+@pytest.mark.parametrize("rewriter", [Deletion(), NearestMeaning()])
+def test_those_built_in_pass(pipe: Any, rewriter: Any) -> None:
+    check_rewriter(rewriter, pipe)
+    assert rewriter in rewriting._passed[pipe.tokenizer]
+
+
+def test_pipelines_without_words_are_refused(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="deletion rewrites words, and the pipeline has no tokenizer"):
+        check_rewriter(Deletion(), SimpleNamespace(tokenizer=None))
+    with pytest.raises(ValueError, match="nearest_meaning needs the text encoder's embeddings; use deletion"):
+        check_rewriter(NearestMeaning(), SimpleNamespace(tokenizer=pipe.tokenizer, text_encoder=None))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"words": ()}, r"words=\(\) must hold numbers of words"),
+        ({"words": (0, 1)}, r"words=\(0, 1\) must hold numbers of words of at least 1"),
+        ({"temperature": 0.0}, "temperature=0.0 draws nothing"),
+        ({"statistic": "beauty"}, "statistic='beauty' has no gradient"),
+        ({"rewriter": {"name": "oracle"}}, "name='oracle' is not one of deletion, nearest_meaning, generated"),
+    ],
+)
+def test_settings_that_no_run_could_use(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenReplacement(**settings)
+
+
+@pytest.mark.parametrize("rewriter", [Deletion(), NearestMeaning(), Generated(folder="/models/small")])
+def test_settings_round_trip(rewriter: Any) -> None:
+    guard = Guard(plan=(TokenReplacement(rewriter=rewriter, words=(1, 3)),))
+    text = guard_to_json(guard)
+    assert json.loads(text)["plan"][0]["rewriter"]["name"] == rewriter.name
+    assert guard_from_json(text) == guard
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-generation model in safetensors, of random weights but for one: it says nothing but q."""
+    folder = tmp_path_factory.mktemp("language")
+    size = len(TOKENIZER)
+    ends = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id}
+    config = GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=2, n_positions=300, **ends)
+    model = GPT2LMHeadModel(config)
+    model.transformer.ln_f.bias.data = 100 * model.transformer.wte.weight.data[letter("q")]
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def test_a_local_model_answers(language_model: Path, pipe: Any) -> None:
+    """The likeliest answer: torch's global state is neither read nor moved."""
+    rewriter = Generated(folder=str(language_model), max_tokens=3)
+    check_rewriter(rewriter, pipe)
+    state = torch.get_rng_state()
+    assert rewriter.rewrite(WORDS, {1}, near()) == "q q q"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_prompt_too_long_for_the_model_gets_no_answer(language_model: Path) -> None:
+    """The instruction and 4 words are some 200 of its 300 tokens."""
+    assert Generated(folder=str(language_model)).rewrite(WORDS * 20, {1}, near()) is None
+
+
+def test_folders_without_a_model_are_refused(language_model: Path, tmp_path: Path, pipe: Any) -> None:
+    """Pickled weights are not read, other models are not asked to write."""
+    with pytest.raises(ValueError, match="holds no transformers model in safetensors"):
+        Generated(folder=str(tmp_path / "nowhere")).check(pipe)
+    with pytest.raises(ValueError, match="holds no transformers model in safetensors"):
+        Generated(folder="gpt2").check(pipe)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((language_model / "config.json").read_text())
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no transformers model in safetensors"):
+        Generated(folder=str(pickled)).check(pipe)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in language_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="holds no text-generation model") as told:
+        Generated(folder=str(broken)).check(pipe)
+    assert "\n" not in str(told.value)
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1))
+    encoder.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="holds no text-generation model"):
+        Generated(folder=str(tmp_path / "encoder")).check(pipe)
+
+
+@dataclass
+class Scripted:
+    """A tokenizer of code points, and a model that answers what it is told to."""
+
+    answer: str
+    chat_template: str | None = None
+    asked: str = ""
+    pad_token_id: int | None = None
+    eos_token_id: int = 0
+    device: str = "cpu"
+    config: Any = None
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        self.asked = text
+
+        class Given(dict[str, Tensor]):
+            def to(self, _device: str) -> Given:
+                return self
+
+        return Given(input_ids=torch.tensor([[ord(letter) for letter in text]]))
+
+    def apply_chat_template(self, turn: list[dict[str, str]], **_: Any) -> str:
+        return f"<user>{turn[0]['content']}<model>"
+
+    def decode(self, ids: Tensor, **_: Any) -> str:
+        return "".join(chr(i) for i in ids.tolist())
+
+    def generate(self, input_ids: Tensor, **_: Any) -> Tensor:
+        return torch.cat([input_ids, torch.tensor([[ord(letter) for letter in self.answer]])], dim=1)
+
+
+@pytest.mark.parametrize("template", [None, "a template"])
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("\n  a quick cat \nNote: I changed it", "a quick cat"),
+        ('"a  quick cat"', "a quick cat"),
+        ("   \n \n", None),
+        ('""', None),
+    ],
+)
+def test_the_first_line_of_an_answer_counts(
+    monkeypatch: pytest.MonkeyPatch, answer: str, expected: str | None, template: str | None
+) -> None:
+    model = Scripted(answer + " " if answer.isspace() else answer, template)
+    monkeypatch.setattr(rewriting, "_load", lambda _folder: (model, model))
+    assert Generated(folder="x").rewrite(["a", "fast", "dog"], {1, 2}, near()) == expected
+    assert '"fast", "dog"' in model.asked
+    assert "Caption: a fast dog\n" in model.asked
+    assert model.asked.startswith("<user>") == bool(template)
