@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import subject_of
+from tiny import byte_tokenizer, subject_of
 from torch import Tensor
 
-from sd_guard.mitigation import EmbeddingNoise, Subject, WordAblation
+from sd_guard.mitigation import EmbeddingNoise, RandomTokens, Subject, WordAblation
 from sd_guard.mitigation.prompt import split_words
 
 WIDTH = 4
@@ -202,3 +203,81 @@ def test_embedding_noise_keeps_the_dtype() -> None:
     (change,) = EmbeddingNoise(strengths=(1.0,)).propose(half)
     assert change.prompt_embeds.dtype == torch.bfloat16
     assert torch.isfinite(change.prompt_embeds).all()
+
+
+TOKENIZER = byte_tokenizer()
+
+
+def random_prompts(how: str, prompt: str | None = "one two three", seed: int = 0, **settings: object) -> list[str]:
+    world = World(planted())
+    subject = replace(world.subject(prompt, seed), tokenizer=TOKENIZER)
+    changes = list(RandomTokens(how=how, **settings).propose(subject))
+    assert [world.prompts[int(change.prompt_embeds[0, 0])] for change in changes] == [c.prompt for c in changes]
+    assert [change.strength for change in changes] == list(settings.get("counts", (2, 4)) if changes else ())
+    assert world.calls == 0
+    return [change.prompt for change in changes]
+
+
+def without_one(longer: list[str]) -> list[list[str]]:
+    return [longer[:i] + longer[i + 1 :] for i in range(len(longer))]
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_random_words_are_added_one_by_one(seed: int) -> None:
+    prompts = random_prompts("add", seed=seed, counts=(1, 2, 3))
+    for shorter, longer in zip(["one two three", *prompts], prompts, strict=False):
+        assert shorter.split() in without_one(longer.split())
+    assert prompts == random_prompts("add", seed=seed, counts=(1, 2, 3))
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_added_words_are_words_of_the_vocabulary(seed: int) -> None:
+    (prompt,) = random_prompts("add", seed=seed, counts=(4,))
+    added = [word for word in prompt.split() if word not in ("one", "two", "three")]
+    assert len(added) == 4
+    assert all(len(TOKENIZER(word, add_special_tokens=False).input_ids) == 1 for word in added)
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_a_random_word_is_replaced(seed: int) -> None:
+    (prompt,) = random_prompts("replace", seed=seed, counts=(1,))
+    kept = [a == b for a, b in zip(prompt.split(), ["one", "two", "three"], strict=True)]
+    assert sum(kept) == 2
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_numbers_and_repetitions(seed: int) -> None:
+    (numbered,) = random_prompts("number", seed=seed, counts=(1,))
+    numbers = [int(word) for word in numbered.split() if word.isdecimal()]
+    assert ["one", "two", "three"] in without_one(numbered.split())
+    assert len(numbers) == 1
+    assert 0 <= numbers[0] < 100_000
+    (repeated,) = random_prompts("repeat", seed=seed, counts=(1,))
+    assert ["one", "two", "three"] in without_one(repeated.split())
+    assert set(repeated.split()) == {"one", "two", "three"}
+
+
+def test_random_tokens_fall_everywhere() -> None:
+    """Any place, the first and the last among them, and many words; the global state is left alone."""
+    state = torch.get_rng_state()
+    prompts = [random_prompts("add", "one two", seed, counts=(1,))[0].split() for seed in range(200)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {[word in ("one", "two") for word in prompt].index(False) for prompt in prompts} == {0, 1, 2}
+    assert len({word for prompt in prompts for word in prompt}) > 30
+
+
+@pytest.mark.parametrize("prompt", [None, "", " "])
+@pytest.mark.parametrize("how", ["add", "replace", "number", "repeat"])
+def test_no_random_tokens_without_a_prompt(how: str, prompt: str | None) -> None:
+    assert random_prompts(how, prompt) == []
+
+
+def test_no_random_words_without_a_vocabulary() -> None:
+    world = World(planted())
+    assert list(RandomTokens().propose(world.subject("one two"))) == []
+    with pytest.raises(ValueError, match="random_tokens draws words, and the pipeline has no tokenizer"):
+        RandomTokens().check(SimpleNamespace(tokenizer=None))
+    with pytest.raises(ValueError, match="how='swap' is not one of add, replace, number, repeat"):
+        RandomTokens(how="swap")
+    with pytest.raises(ValueError, match=r"counts=\(0,\) must hold"):
+        RandomTokens(counts=(0,))
