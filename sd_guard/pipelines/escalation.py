@@ -84,8 +84,8 @@ class Escalation:
 
     def _controls(self, start: int, change: Change | None = None) -> int:
         """Lanes an image that looking costs where the sampler evaluates no control."""
-        own = self.inputs.control_is_empty and self.inputs.guided and (change is None or change.anchor_embeds is None)
-        return 0 if own else sum(step >= start for step in self.watch.steps)
+        own = self.inputs.control_is_empty and (change is None or change.anchor_embeds is None)
+        return sum(not own or self.walk.scale(step) is None for step in self.watch.steps if step >= start)
 
     def _start(self, change: Change) -> Start:
         """The nearest snapshot that is not later than asked."""
