@@ -37,8 +37,9 @@ class GuardRecord:
     Attributes:
         verdict: before any mitigation.
         outcome: where the image ended.
-        score: of the deciding statistic before any mitigation, higher = more memorized; NaN if unscored.
-        decided_at_step: index into the scheduler's timesteps; None if unscored.
+        score: of the deciding statistic before any mitigation, at the last look that this trajectory got; higher = more
+            memorized; NaN if unscored.
+        decided_at_step: that gave the verdict, an index into the scheduler's timesteps; None if unscored.
         dimension: entries of its latent.
         statistics: of the trajectory before any mitigation.
         attempts: mitigations tried, in order.

@@ -86,7 +86,7 @@ class Case:
 
     Attributes:
         verdict: of the trajectory before any mitigation, so far.
-        score: likewise.
+        score: likewise, of its last look.
         decided_at: the step that said so.
         budget: extra lanes allowed.
         lanes: extra lanes spent so far.
@@ -119,9 +119,11 @@ class Case:
         return self.open and self.lanes + cost <= self.budget and len(self.attempts) < policy.max_attempts
 
     def look_again(self, verdict: Verdict, score: float, step: int) -> None:
-        """Takes the verdict of a later look, where the image was not flagged before."""
+        """Takes the score of a later look at the same trajectory, and its verdict where there was no other than pass."""
         if self.verdict == "pass":
             self.verdict, self.score, self.decided_at = verdict, score, step
+        elif self.verdict == "flag" and not self.rescued and math.isfinite(score):
+            self.score = score
 
     def reopen(self, score: float, resemblance: float) -> None:
         """Takes back that the last attempt passed: a later look says otherwise."""

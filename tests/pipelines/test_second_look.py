@@ -83,6 +83,12 @@ def test_what_is_flagged_late_is_decided_late_and_pays_for_the_way(guarded: Any)
     assert (3, "persistence") in names
 
 
+def test_what_was_flagged_and_not_changed_is_scored_to_the_end(guarded: Any) -> None:
+    """Its verdict stands, and its score is that of all looks: what a calibration compares."""
+    record = latents_of(guarded(looking(Late(at_once=0.75), plan=())))[0].records[1]
+    assert (record.verdict, record.decided_at_step, record.score) == ("flag", 1, 1.0)
+
+
 def test_an_attempt_that_fails_early_is_not_walked_on(guarded: Any) -> None:
     """The deciding step ends a poor attempt: four lanes and not eight."""
     record = latents_of(guarded(looking(Late(resumed=(1.0, 0.0)))))[0].records[1]
