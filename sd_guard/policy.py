@@ -119,7 +119,7 @@ class Case:
         return self.open and self.lanes + cost <= self.budget and len(self.attempts) < policy.max_attempts
 
     def look_again(self, verdict: Verdict, score: float, step: int) -> None:
-        """Takes the score of a later look at the same trajectory, and its verdict where there was no other than pass."""
+        """Takes the score of a later look at the same trajectory, and its verdict where the image had passed."""
         if self.verdict == "pass":
             self.verdict, self.score, self.decided_at = verdict, score, step
         elif self.verdict == "flag" and not self.rescued and math.isfinite(score):

@@ -14,6 +14,7 @@ from tiny import SCHEDULERS, CountLanes, Forget, Identity, watching
 from sd_guard.guard import Guard
 from sd_guard.observation import Observation
 
+PLAN = (Forget(),)
 AT = {"observe_at": (0.2,), "look_again_at": 0.5}  # steps 1 and 3 of 6
 
 
@@ -44,7 +45,7 @@ class Late:
         return torch.zeros(len(observations[0].values["detail"]), dtype=torch.bool)
 
 
-def looking(detector: Any, plan: Any = (Forget(),), **options: Any) -> Guard:
+def looking(detector: Any, plan: Any = PLAN, **options: Any) -> Guard:
     return watching(plan=plan, detector=detector, **(AT | options))
 
 
