@@ -10,9 +10,10 @@ share of the wall time that is spent inside the UNet, by batch size.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.results import write_result
+from sd_guard.detection import PrematureDetail
 from sd_guard.evaluation.metrics import auroc, tpr_at
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import interpret, read_level
@@ -32,6 +34,7 @@ from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
 from sd_guard.screening.calibrating import score_prompts
 from sd_guard.screening.quick import QUICK, Place, QuickScreener
 from sd_guard.screening.settings import ModelSettings
+from sd_guard.settings import guard_to_json
 from sd_guard.statistics.base import StepCall
 
 MODEL = ModelSettings(model=str(checkpoint_path()))
@@ -43,9 +46,10 @@ REPORT_SEED = 50_000
 LOOKS = (  # candidate: shares of the schedule, probes
     ("a: first latent", (0.0,), 1),
     *(("b: latent without a prompt", (share,), 1) for share in (0.02, 0.04, 0.06, 0.1, 0.2)),
-    ("b: latent without a prompt", (0.04,), 0),
-    ("b: latent without a prompt", (0.04,), 2),
-    *(("c: two levels", shares, 1) for shares in ((0.0, 0.04), (0.02, 0.06))),
+    ("b: latent without a prompt", (0.06,), 0),
+    ("b: latent without a prompt", (0.06,), 2),
+    ("c: two levels", (0.02, 0.06), 1),
+    ("c: three levels", (0.02, 0.04, 0.06), 1),
 )
 Table = list[list[GuardRecord]]  # by seed, then prompt
 
@@ -113,13 +117,13 @@ class Measured:
 def main() -> None:
     """Command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    pipe, rows = load(checkpoint_path()), rows_of("tune")
-    lines = [look_line(pipe, rows, *look) for look in tqdm(LOOKS)]
-    lines += [look_line(pipe, rows, "b, by the full schedule", (share,), 1, FineScreener) for share in (0.04, 0.2)]
-    own = replace(QUICK.detector, doubt=Guard().detector.doubt)
-    lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.04,), 1, OwnControl, own))
-    lines += [guided_line(pipe, rows, steps=25), full_line(pipe, rows)]
     threshold = QUICK.detector.threshold
+    pipe, rows = load(checkpoint_path()), rows_of("tune", checkpoint_path())
+    lines = [look_line(pipe, rows, *look) for look in tqdm(LOOKS)]
+    lines += [look_line(pipe, rows, "b, by the full schedule", (share,), 1, FineScreener) for share in (0.06, 0.2)]
+    own = PrematureDetail(threshold=threshold)
+    lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 1, OwnControl, own))
+    lines += [guided_line(pipe, rows, steps=25), full_line(pipe, rows)]
     chosen = measure(QuickScreener.make(pipe, MODEL, batch_size=BATCH), rows, range(CHOICE_SEEDS))
     report, second = (
         measure(
@@ -132,7 +136,7 @@ def main() -> None:
     result = {
         "settings": {"steps": MODEL.steps, "seeds": list(SEEDS), "seeds_of_the_choice": CHOICE_SEEDS},
         "tune": lines,
-        "choice": {"observe_at": QUICK.observe_at, "probes": QUICK.probes, **asdict(QUICK.detector)},
+        "choice": {key: json.loads(guard_to_json(QUICK))[key] for key in ("observe_at", "probes", "detector")},
         "least_threshold": round(chosen.least_threshold(), 4),
         "chosen": chosen.line(threshold),
         "report": report.line(threshold),
@@ -150,7 +154,7 @@ def load(folder: Path) -> GuardedStableDiffusionPipeline:
     return pipe
 
 
-def rows_of(split: str, folder: Path = checkpoint_path()) -> list[PromptTruth]:
+def rows_of(split: str, folder: Path) -> list[PromptTruth]:
     return [row for row in load_truth(folder) if row["split"] == split]
 
 
