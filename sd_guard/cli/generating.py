@@ -31,6 +31,7 @@ from sd_guard.cli.reporting import write_page
 from sd_guard.screening.prompts import Format
 from sd_guard.screening.settings import (
     BATCH_SIZES,
+    SKIPPED_FILE,
     Depth,
     Engine,
     ModelSettings,
@@ -116,7 +117,7 @@ def screen_prompts(
         check_metrics_file(metrics_file)
         plan = join_run(settings) if processes.rank > 0 else plan_run(settings, resume=resume)
         processes.add("planned", 1)
-    with one_line(FAILED), interruptible(Path(out)):
+    with one_line(FAILED), interruptible(out):
         if cluster is not None:
             from sd_guard.screening.ray import screen_with_ray
 
@@ -133,6 +134,10 @@ def _conclude(plan: Plan, summary: Summary) -> None:
 
     calibration = plan.settings.model.calibration
     typer.echo(summary.table())
+    if plan.store.exists(SKIPPED_FILE):
+        skipped = len(plan.store.read(SKIPPED_FILE).splitlines())
+        where = f"{plan.store.address}/{SKIPPED_FILE}"
+        typer.echo(f"warning: rows of the list that were left out: {skipped}; see {where}", err=True)
     if calibration is not None and (warning := drift_warning(scores_of(plan.store), calibration)) is not None:
         typer.echo(f"warning: {warning}", err=True)
     if plan.store.local is not None:

@@ -48,7 +48,7 @@ def one_line(code: int) -> Generator[None, None, None]:
 
 
 @contextmanager
-def interruptible(kept: Path) -> Generator[None, None, None]:
+def interruptible(kept: Path | str) -> Generator[None, None, None]:
     """Turns an interrupt into a line that says how to go on, and its exit code."""
     try:
         yield
