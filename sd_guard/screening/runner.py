@@ -130,11 +130,10 @@ def screen(
                 progress.add(shard, reason)
             if interrupted():
                 raise KeyboardInterrupt
-    processes.add("finished", 1)
-    if processes.rank != 0:
-        return None
-    wait_until(processes, "finished", processes.size)
-    return finish_run(plan)
+            processes.add("finished", 1)
+            if processes.rank == 0:
+                wait_until(processes, "finished", processes.size)
+    return finish_run(plan) if processes.rank == 0 else None
 
 
 def is_complete(plan: Plan, shards: Sequence[Shard]) -> bool:
