@@ -1,5 +1,7 @@
 """The processes that share a run: one, or those that `accelerate launch` starts on a node.
 
+    accelerate launch --multi_gpu --num_processes 8 -m sd_guard.cli screen prompts.txt --out run
+
 They share nothing but counters, in the store that torch's launcher has started for them. A worker that is lost is the
 launcher's concern: it ends the others, and the run is gone on with by `--resume`.
 """

@@ -1,5 +1,8 @@
 """`--engine ray`: the same screener in the workers of a Ray cluster, as an actor class under Ray Data.
 
+    sd-guard screen prompts.txt --out run --engine ray --workers 2                             a cluster on this machine
+    sd-guard screen prompts.txt --out s3://bucket/run --engine ray --ray-address HOST:6379     one that runs
+
 Ray Data hands out batches by their places alone. A worker reads a batch from the run's `jobs.parquet` and writes its
 shard, as the local engine does, so every node must reach the run folder: a shared file system, or an address. What is
 lost with a worker is the batch that it had; Ray starts another one, and hands that batch out again.

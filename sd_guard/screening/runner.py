@@ -1,9 +1,10 @@
 """Screens a prompt list: read, batch, screen, write, merge. Nothing that was done is lost, whatever ends the run.
 
 `jobs.parquet` has every image of the run, in order. Batches are cut from it at multiples of the batch size, whoever
-screens them and whatever was done before, and each becomes one shard, written while the next one is screened. So rows
-are bit for bit the same with any engine and number of workers, and after any interruption. With another batch size
-they differ by the rounding of the model's dtype, and at quick depth not even by that.
+screens them and whatever was done before, and each becomes one shard, written while the next one is screened. So on
+machines of one kind rows are bit for bit the same with any engine and number of workers, and after any interruption.
+With another batch size, and in a batch that had to be halved, they differ by the rounding of the model's dtype; at
+quick depth not even by that. A kill costs the batch in flight, and the one before where that was being written.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def screen_batches(
         writing: Future[tuple[Shard, str | None]] | None = None
         for batch in batches:
             screened = screen_batch(screener, jobs.read(batch))
-            if new and len(batch) > 1 and _nothing_made(screened.rows):
+            if new and len(batch) > 1 and _nothing_made(screened.rows) and not find_shards(store):
                 store.remove(RUN_FILE)
                 raise ValueError(f"no image of the first batch could be made ({screened.rows[0]['reason']})")
             new = False
