@@ -40,8 +40,8 @@ from sd_guard.statistics.base import StepCall
 MODEL = ModelSettings(model=str(checkpoint_path()))
 SECOND = Path(__file__).parent / "reference" / "second"
 BATCH = 62  # a quarter of the rows of either split
-SEEDS = range(8, 16)  # of the candidates
-CHOICE_SEEDS = 24  # more, since all prompts of a seed lie higher or lower together
+SEEDS = range(8, 13)  # of the candidates
+CHOICE_SEEDS = 16  # more, since all prompts of a seed lie higher or lower together
 REPORT_SEED = 50_000
 LOOKS = (  # candidate: shares of the schedule, probes
     ("a: first latent", (0.0,), 1),
@@ -49,7 +49,6 @@ LOOKS = (  # candidate: shares of the schedule, probes
     ("b: latent without a prompt", (0.06,), 0),
     ("b: latent without a prompt", (0.06,), 2),
     ("c: two levels", (0.02, 0.06), 1),
-    ("c: three levels", (0.02, 0.04, 0.06), 1),
 )
 Table = list[list[GuardRecord]]  # by seed, then prompt
 
@@ -120,7 +119,7 @@ def main() -> None:
     threshold = QUICK.detector.threshold
     pipe, rows = load(checkpoint_path()), rows_of("tune", checkpoint_path())
     lines = [look_line(pipe, rows, *look) for look in tqdm(LOOKS)]
-    lines += [look_line(pipe, rows, "b, by the full schedule", (share,), 1, FineScreener) for share in (0.06, 0.2)]
+    lines += [look_line(pipe, rows, "b, by the full schedule", (share,), 1, FineScreener) for share in (0.06,)]
     own = PrematureDetail(threshold=threshold)
     lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 1, OwnControl, own))
     lines += [guided_line(pipe, rows, steps=25), full_line(pipe, rows)]
