@@ -126,8 +126,8 @@ class Calibration:
 class Calibrator:
     """Takes the records of benign images, and of memorized ones where some are known, and yields a calibration.
 
-    Records of `sd-guard calibrate`, or of a guard with `max_attempts=0`, have all looks of every image. An image that was
-    changed before the second look counts with the score it was flagged by.
+    Records of `sd-guard calibrate`, or of a guard with `max_attempts=0`, have all looks of every image. An image that
+    was changed before the second look counts with the score it was flagged by.
 
     Attributes:
         guard: that scored them.
@@ -270,7 +270,7 @@ def _scores(detector: Detector, trajectories: Iterable[Trajectory], step: int) -
 
 
 def _score(detector: Detector, seen: Trajectory) -> float:
-    """Of one image; the second look, which an image that was changed before it has none of, is told by what it holds."""
+    """Of one image; the second look, which one that was changed before has none of, is told by what it holds."""
     later = next((look for look in seen if "persistence" in look.values), None)
     return float(detector.score([look for look in seen if look is not later], later)[0])
 

@@ -14,8 +14,10 @@ from tiny import seeded
 
 from sd_guard.attribution import METHODS, Method, WordAttribution
 from sd_guard.cli import explaining
-from sd_guard.cli.explaining import Explanation, MethodName, column, draw, explain, look, printable, tinted
+from sd_guard.cli.explaining import MethodName, column, draw, explain, printable, tinted
 from sd_guard.guard import Guard
+from sd_guard.pipelines import explanation as explanation_module
+from sd_guard.pipelines.explanation import Explanation, look
 from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.screening.loading import load_pipeline
 from sd_guard.screening.settings import ModelSettings
@@ -79,7 +81,7 @@ def test_whatever_the_model_raises_is_one_line(folder, capsys, monkeypatch):
     def exhausted(*_, **__):
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(explaining, "look", exhausted)
+    monkeypatch.setattr(explanation_module, "look", exhausted)
     assert run("a", "--out", "x.png") == 1
     assert capsys.readouterr().err == "error: the prompt could not be explained (RuntimeError: out of memory)\n"
 
@@ -100,8 +102,7 @@ def memorized():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_score_and_verdict_are_those_of_a_guarded_call(pipe, memorized, method):
-    settings = ModelSettings(model="unused/model", steps=20)
-    found = look(pipe, memorized, settings, seed=2**62 + 5, method=method)
+    found = look(pipe, memorized, steps=20, seed=2**62 + 5, method=method)
     guarded = pipe(memorized, generator=seeded(2**62 + 5), num_inference_steps=20, output_type="latent")
     (record,) = guarded.records
     assert (found.verdict, found.step, found.count) == (record.verdict, record.decided_at_step, 20)
@@ -144,7 +145,7 @@ def test_a_hostile_prompt_end_to_end(folder, capsys):
 def test_tint_only_on_a_terminal_that_wants_colour(folder, capsys, monkeypatch, terminal, no_color, coloured):
     monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setattr("sd_guard.screening.loading.load_pipeline", lambda _: None)
-    monkeypatch.setattr(explaining, "look", lambda *_, **__: explanation())
+    monkeypatch.setattr(explanation_module, "look", lambda *_, **__: explanation())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     assert run("a red cat", "--out", "x.png") == 0
     out = capsys.readouterr().out

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-from copy import deepcopy
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
@@ -27,48 +25,15 @@ from sd_guard.cli.options import (
 from sd_guard.screening.settings import ModelSettings, check_seed
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sd_guard.attribution import WordAttribution
-    from sd_guard.detection import Verdict
-    from sd_guard.statistics.base import StepCall
+    from sd_guard.pipelines.explanation import Explanation
 
 MethodName: TypeAlias = Literal["ablation", "gradient_norm", "integrated_gradients"]
 
-_PROBES: Final = 16
 _RED: Final = "#c1272d"
 _TINTS: Final = (None, 224, 217, 210, 203, 196)  # of 256 terminal colours, white to red
 _BARS: Final = 32  # words in the figure
 _WIDTH: Final = 24  # characters of a word in the figure
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """What the guard saw, and what that rests on.
-
-    Attributes:
-        verdict: before any mitigation.
-        score: of the detector.
-        threshold: above which it flags.
-        step: the one that decided, an index into the schedule.
-        count: steps of the schedule.
-        words: shares of the words.
-        shown: the step of the last look, where the image and the places are read.
-        image: (3, h, w) the image that is predicted there, in [0, 1].
-        left_open: (H, W) share of the directions of a place left open, with the prompt.
-        left_open_without: (H, W) without it.
-    """
-
-    verdict: Verdict
-    score: float
-    threshold: float
-    step: int
-    count: int
-    words: WordAttribution
-    shown: int
-    image: Tensor
-    left_open: Tensor
-    left_open_without: Tensor
 
 
 def explain(
@@ -93,11 +58,12 @@ def explain(
             model=model or bundled_model(), steps=steps, guidance_scale=guidance_scale, device=device, dtype=dtype
         )
     with one_line(FAILED):
+        from sd_guard.pipelines.explanation import look
         from sd_guard.screening.loading import first_line, load_pipeline
 
         pipe = load_pipeline(settings)
         try:
-            found = look(pipe, prompt, settings, seed=seed, method=method)
+            found = look(pipe, prompt, steps=steps, guidance_scale=guidance_scale, seed=seed, method=method)
         except Exception as error:  # out of memory, or whatever the model raises
             raise ValueError(f"the prompt could not be explained ({first_line(error)})") from error
         draw(found, out)
@@ -125,60 +91,6 @@ def _check(prompt: str, out: Path, guidance_scale: float) -> None:
     missing = [name for name in ("captum", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)} not installed; pip install 'sd-guard[explain]'")
-
-
-def look(pipe: Any, prompt: str, settings: ModelSettings, *, seed: int, method: MethodName) -> Explanation:
-    """Samples up to the guard's last look, and attributes what it saw.
-
-    Words are those of the observed steps; places are read at the last look, since the local LID falls to 0 everywhere
-    where the noise is high.
-
-    Args:
-        pipe: a `GuardedStableDiffusionPipeline` with its guard on.
-        prompt: to explain.
-        settings: steps and guidance scale, above 1.
-        seed: of the image's generator.
-        method: how words get their shares.
-
-    Raises:
-        ValueError: the UNet's answers are not finite, or a prompt that holds no words for its tokenizer.
-    """
-    from sd_guard.attribution import METHODS, pinned_map, read_text
-    from sd_guard.detection import verdict_of
-    from sd_guard.evaluation.guarded import Watching
-    from sd_guard.pipelines.trajectory import denoiser_of, walk
-
-    scheduler = deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(settings.steps)
-    count = len(scheduler.timesteps)
-    guard = pipe.guard
-    model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64])  # the probes that the guard would draw
-    watching, text = Watching(guard, model, guard.steps(count), guard.second_look(count)), read_text(pipe, prompt)
-    calls: list[StepCall] = []
-    score, threshold, step, verdict = 0.0, guard.detector.threshold, 0, None
-    for call in walk(pipe, [prompt], [seed], steps=settings.steps, guidance_scale=settings.guidance_scale):
-        if call.step in watching.steps or call.step == guard.last_step(count):
-            calls.append(call)
-        if (decided := watching.watch(call)) is not None and verdict != "flag":
-            score, step = decided[0][0], call.step
-            verdict = verdict_of(score, threshold)
-        if call.step == guard.last_step(count):
-            break
-    last = calls[-1]
-    assert verdict is not None
-    assert model.decode is not None
-    return Explanation(
-        verdict=verdict,
-        score=score,
-        threshold=threshold,
-        step=step,
-        count=count,
-        words=METHODS[method](calls[: len(watching.steps)], model, text),
-        shown=last.step,
-        image=model.decode(model.read(last, "conditional").x0_hat)[0].cpu(),
-        left_open=pinned_map(last, model, probes=_PROBES)[0].cpu(),
-        left_open_without=pinned_map(last, model, probes=_PROBES, lane="control")[0].cpu(),
-    )
 
 
 def _headline(found: Explanation) -> str:

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sd_guard.evaluation.guarded import Watching
 from sd_guard.evaluation.settings import DEFAULT_SHARES, GUARD, image_seed
 from sd_guard.guard import Guard, step_at
 from sd_guard.pipelines.trajectory import denoiser_of, walk
+from sd_guard.pipelines.watching import Watching
 from sd_guard.screening.prompts import PromptRow
 from sd_guard.statistics.base import SeedStatistic, Statistic
 

@@ -24,11 +24,14 @@ def load_screener(settings: RunSettings) -> Screener:
     Raises:
         ValueError: As `load_pipeline`, or if the calibration is of another configuration.
     """
+    from sd_guard.screening.explained import ExplainedScreener
     from sd_guard.screening.screener import AutoScreener, FullScreener
 
     model, quickly = settings.model, settings.depth == "quick"
     pipe = load_pipeline(replace(model, calibration=None) if quickly else model)
-    full = FullScreener(pipe, model, keep_before=settings.keep_before)
+    full: Screener = FullScreener(pipe, model, keep_before=settings.keep_before)
+    if settings.explain:
+        full = ExplainedScreener(full, pipe, model)
     if settings.depth == "full":
         return full
     from sd_guard.calibration import Calibration

@@ -25,6 +25,9 @@ The first ten columns, in this order, are a contract with other readers.
 | `attempts` | list of struct | in the order they were made: `mitigation`, `strength` (its own unit), |
 |   |   | `resumed_from_step` (from 0), `score`, `resemblance` ([-1, 1]), `passed`, `prompt` (nullable) |
 | `fingerprint` | string, nullable | model, scheduler, steps, guidance and dtype, from the guard |
+| `words` | list of struct, nullable | of a flagged image, with `--explain`: `word` and `weight`, its share of what |
+|   |   | raises the score (negative where it lowers it), in the order of the prompt |
+| `map` | string, nullable | likewise: path of a PNG, relative to the run folder, red where the image is pinned |
 """
 
 from __future__ import annotations
@@ -94,6 +97,8 @@ SCHEMA: Final = pa.schema(
             ),
         ),
         pa.field("fingerprint", pa.string()),
+        pa.field("words", pa.list_(pa.struct({"word": pa.string(), "weight": pa.float64()}))),
+        pa.field("map", pa.string()),
     ]
 )
 
@@ -120,6 +125,13 @@ class AttemptRow(TypedDict):
     prompt: str | None
 
 
+class WordRow(TypedDict):
+    """A word of the prompt, and its share of what raises the score."""
+
+    word: str
+    weight: float
+
+
 class Row(TypedDict):
     """One image; the columns of `SCHEMA`."""
 
@@ -138,6 +150,8 @@ class Row(TypedDict):
     statistics: list[StatisticRow]
     attempts: list[AttemptRow]
     fingerprint: str | None
+    words: list[WordRow] | None
+    map: str | None
 
 
 def unscored_row(*, prompt: str, family: str | None, seed: int, index: int, reason: str) -> Row:
@@ -158,6 +172,8 @@ def unscored_row(*, prompt: str, family: str | None, seed: int, index: int, reas
         "statistics": [],
         "attempts": [],
         "fingerprint": None,
+        "words": None,
+        "map": None,
     }
 
 
@@ -193,6 +209,8 @@ def record_row(record: GuardRecord, *, prompt: str, family: str | None, seed: in
             for a in record.attempts
         ],
         "fingerprint": record.fingerprint,
+        "words": None,
+        "map": None,
     }
 
 

@@ -105,6 +105,7 @@ class RunSettings:
         seed: Base seed of prompts without their own, in [0, 2**63).
         batch_size: Images a batch, >= 1; a resumed run may change it.
         keep_before: Also keep the unguarded image of every flagged one.
+        explain: Also say of every flagged image which words and places it rests on.
         fold_duplicates: Screen prompts once that are equal after Unicode normalisation and case folding.
         skip_bad: Leave rows out that cannot be used, instead of refusing the list.
         max_unscored: Share of images, in [0, 1], beyond which a run whose images cannot be scored is stopped.
@@ -122,6 +123,7 @@ class RunSettings:
     seed: int = 0
     batch_size: int = 16
     keep_before: bool = False
+    explain: bool = False
     fold_duplicates: bool = False
     skip_bad: bool = False
     max_unscored: float = 0.5
@@ -136,6 +138,21 @@ class RunSettings:
             raise ValueError(f"--max-unscored is {self.max_unscored}; use a share from 0 to 1")
         if self.keep_before and self.depth == "quick":
             raise ValueError("--keep-before: --depth quick makes no images; use --depth full or auto")
+        if self.explain:
+            self._check_explain()
+
+    def _check_explain(self) -> None:
+        model = self.model
+        if self.depth == "quick":
+            raise ValueError("--explain: --depth quick samples nothing to explain; use --depth full or auto")
+        if model.guidance_scale <= 1:
+            raise ValueError(
+                f"--explain: compares with no prompt, and --guidance-scale is {model.guidance_scale}; use > 1"
+            )
+        if model.height is not None or model.width is not None:
+            raise ValueError("--explain: works at the model's own size; leave --height and --width out")
+        if find_spec("captum") is None:
+            raise ValueError("--explain: captum is not installed; pip install 'sd-guard[explain]'")
 
     def configuration(self) -> dict[str, Any]:
         """What decides the images and the records: a resumed run must have the same."""
@@ -151,6 +168,7 @@ class RunSettings:
             "seeds": self.seeds,
             "seed": self.seed,
             "keep_before": self.keep_before,
+            "explain": self.explain,
             "fold_duplicates": self.fold_duplicates,
             "skip_bad": self.skip_bad,
         }

@@ -1,4 +1,4 @@
-"""The guard itself as a row of the table: the score that it would decide by, with the lanes that it spends on it."""
+"""What the guard would decide on a plain trajectory: its score, and the lanes that it spends on it."""
 
 from __future__ import annotations
 
