@@ -26,7 +26,7 @@ from sd_guard.guard import Guard
 from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
 from sd_guard.screening.settings import ModelSettings
 
-SHARES = (0.0, 0.02, 0.06, 0.1, 0.2, 0.4, 1.0)
+SHARES = (0.0, 0.02, 0.06, 0.1, 0.2, 0.4, 0.5, 1.0)
 QUESTIONS = (
     "verbatim / novel",
     "verbatim / plain",

@@ -73,7 +73,7 @@ class PrematureDetail:
     lid_weight: float = 10.0
     ordinary_deficit: float = 0.005
     persistence_weight: float = 8.0
-    ordinary_persistence: float = 0.84
+    ordinary_persistence: float = 0.8
 
     def __post_init__(self) -> None:
         """Refuses a threshold that every score would pass."""

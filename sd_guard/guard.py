@@ -78,7 +78,7 @@ class Guard:
     """
 
     observe_at: tuple[float, ...] = (0.02, 0.04, 0.06)
-    look_again_at: float | None = 0.4
+    look_again_at: float | None = 0.5
     probes: int = 2
     detector: Detector = field(default_factory=PrematureDetail)
     plan: Sequence[Mitigation] = (WordAblation(), EmbeddingNoise(strengths=(3.0,)))
