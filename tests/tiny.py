@@ -177,6 +177,7 @@ def subject_of(prompt: str | None = "a dog", tokens: int = 3, width: int = 4, **
         "resumable": (0,),
         "tokenizer": None,
         "token_embeddings": None,
+        "encode_tokens": None,
     }
     return Subject(**(asked | given | fields))
 

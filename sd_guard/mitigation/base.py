@@ -41,7 +41,9 @@ class Subject:
         renoise: clean latents and noise, (C, H, W) each, and one of these steps, to latents as the sampler has them
             there.
         tokenizer: of the prompts; None without one.
-        token_embeddings: (V, width) input embeddings of the text encoder; None without one.
+        token_embeddings: (V, width') input embeddings of the text encoder; None without one.
+        encode_tokens: (1, tokens, width') input embeddings in the place of the prompt's own to (1, tokens, width) its
+            embedding, differentiable where gradients are enabled; None without a prompt or a text encoder.
     """
 
     prompt: str | None
@@ -62,6 +64,7 @@ class Subject:
     renoise: Callable[[Tensor, Tensor, int], Tensor]
     tokenizer: Any
     token_embeddings: Tensor | None
+    encode_tokens: Callable[[Tensor], Tensor] | None
 
 
 class Guidance(Protocol):

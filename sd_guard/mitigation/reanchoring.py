@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sd_guard.mitigation.base import Change, Subject
-from sd_guard.mitigation.rewriting import Lexicon, NearestMeaning, Rewriter, check_rewriter, read_rewriter
+from sd_guard.mitigation.rewriting import Deletion, Lexicon, Rewriter, check_rewriter, read_rewriter
 from sd_guard.statistics.guidance import cfg_norm
 
 
@@ -37,7 +37,7 @@ class PromptReanchoring:
             first.
     """
 
-    rewriter: Rewriter = field(default_factory=NearestMeaning)
+    rewriter: Rewriter = field(default_factory=Deletion)
     candidates: int = 25
     target: float | None = None
 

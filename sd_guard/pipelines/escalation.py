@@ -16,7 +16,7 @@ from sd_guard.mitigation import Change, Subject
 from sd_guard.observation import Observation, predicted_image, probe
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
-from sd_guard.pipelines.subject import Origin
+from sd_guard.pipelines.subject import Origin, token_encoder
 from sd_guard.policy import Attempt, Case
 from sd_guard.statistics.sharpness import resemblance
 
@@ -191,9 +191,9 @@ class Escalation:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row
         one = torch.tensor([lane], device=self.control.device)
         origin = Origin(self.pipe, self.snapshots, self.walk.lanes.select(one), row, case)
-        encoder = self.pipe.text_encoder
+        encoder, prompt = self.pipe.text_encoder, self.inputs.prompts[row] if self.inputs.prompts is not None else None
         subject = Subject(
-            prompt=self.inputs.prompts[row] if self.inputs.prompts is not None else None,
+            prompt=prompt,
             prompt_embeds=self.walk.lanes.prompt_embeds[lane],
             empty_embeds=self.empty_embeds,
             seed=self.watch.seeds[row] % 2**63,
@@ -211,5 +211,6 @@ class Escalation:
             renoise=origin.renoise,
             tokenizer=self.pipe.tokenizer,
             token_embeddings=None if encoder is None else encoder.get_input_embeddings().weight,
+            encode_tokens=token_encoder(self.pipe, self.inputs.encode, prompt),
         )
         return [mitigation.propose(subject) for mitigation in self.guard.plan]

@@ -11,7 +11,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
-import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -235,7 +234,6 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
     def _encoder(self, arguments: dict[str, Any]) -> Callable[[Sequence[str]], Tensor]:
         scale = (arguments["cross_attention_kwargs"] or {}).get("scale")
 
-        @torch.no_grad()
         def encode(prompts: Sequence[str]) -> Tensor:
             device, skip = self._execution_device, arguments["clip_skip"]
             return self.encode_prompt(list(prompts), device, 1, False, lora_scale=scale, clip_skip=skip)[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -78,6 +79,34 @@ class Origin:
         scheduler, level = copy_scheduler(self.snapshots[step].scheduler), self.level(step)
         x = level.a * clean + level.s * noise
         return x / scheduler.scale_model_input(torch.ones_like(x), scheduler.timesteps[step])
+
+
+def token_encoder(
+    pipe: Any, encode: Callable[[Sequence[str]], Tensor], prompt: str | None
+) -> Callable[[Tensor], Tensor] | None:
+    """As of `Subject.encode_tokens`.
+
+    Args:
+        pipe: the pipeline.
+        encode: prompts to embeddings, as the call does.
+        prompt: of the image; None where the caller gave embeddings.
+    """
+    if prompt is None or pipe.text_encoder is None:
+        return None
+
+    def encode_tokens(tokens: Tensor) -> Tensor:
+        here = get_ident()
+
+        def replace(_layer: Any, _ids: Any, embedded: Tensor) -> Tensor | None:
+            return tokens.to(embedded) if get_ident() == here else None  # other threads encode prompts of their own
+
+        hook = pipe.text_encoder.get_input_embeddings().register_forward_hook(replace)
+        try:
+            return encode([prompt])
+        finally:
+            hook.remove()
+
+    return encode_tokens
 
 
 @contextmanager
