@@ -11,7 +11,10 @@ from torch import Tensor
 
 from sd_guard.noise import NoiseLevel, Prediction
 
-BACKWARD_LANES = 2.0  # what the backward pass of one lane costs, in lanes
+# What the backward pass of one lane costs, in lanes. Measured with checkpointing as CPU time of one thread, beside a
+# forward pass without gradients: 1.5 on a random UNet of Stable Diffusion 1's size (860 M weights, 32 x 32 latents),
+# 2.8 on the bundled checkpoint's, where Python's share is large; 0.9 to 1.2 without checkpointing on either.
+BACKWARD_LANES = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ class NoiseOptimisation:
                 value = sharpness(subject, z, unit)
             (gradient,) = torch.autograd.grad(value, z)
             subject.bill(4 * BACKWARD_LANES)
-            return float(value), gradient
+            return value.item(), gradient
         objective = objective_of(self.statistic)
         with torch.enable_grad():
             latents = (unit * z)[None]
@@ -172,7 +172,7 @@ class NoiseOptimisation:
             value = measure(objective, subject, text, latents, without, probes=self.probes, draw=step)
         gradient = slope(objective, subject, value, z, probes=self.probes)
         subject.bill(BACKWARD_LANES)  # through `without`
-        return float(value), gradient
+        return value.item(), gradient
 
 
 def sharpness(subject: Subject, z: Tensor, unit: Tensor) -> Tensor:
@@ -200,6 +200,6 @@ def _unit(subject: Subject) -> Tensor:
 
 
 def _noise(subject: Subject, number: int) -> Tensor:
-    """(C, H, W) float32, of the subject's seed and a number."""
-    generator = torch.Generator().manual_seed((subject.seed + number) % 2**63)
+    """(C, H, W) float32, of the subject's seed and a number; images with seeds in a row share none of it."""
+    generator = torch.Generator().manual_seed((subject.seed + 0x9E3779B97F4A7C15 * number) % 2**63)
     return torch.randn(subject.latents.shape, generator=generator).to(subject.latents.device)
