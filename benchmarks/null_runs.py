@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_guard.screening.jobs import Job
-from sd_guard.screening.records import Row, read_run
+from sd_guard.screening.records import Row, read_run, unscored_row
 from sd_guard.screening.runner import plan_run, screen
 from sd_guard.screening.screener import Screened
 from sd_guard.screening.settings import ModelSettings, RunSettings
@@ -43,23 +43,10 @@ def null_row(job: Job) -> Row:
     """As of quick depth."""
     score = ((len(job.prompt) * 31 + job.seed) % 97) / 97
     flagged = score > 0.9
-    return {
-        "prompt": job.prompt,
-        "family": job.family,
-        "seed": job.seed,
-        "score": score,
-        "flagged": flagged,
-        "outcome": "flagged" if flagged else "passed",
-        "decided_at_step": 2,
-        "extra_lanes": 1,
-        "image": None,
-        "image_before": None,
-        "index": job.index,
-        "reason": None,
-        "statistics": [],
-        "attempts": [],
-        "fingerprint": "null",
-    }
+    row = unscored_row(prompt=job.prompt, family=job.family, seed=job.seed, index=job.index, reason="")
+    row.update(score=score, flagged=flagged, outcome="flagged" if flagged else "passed", reason=None)
+    row.update(decided_at_step=2, extra_lanes=1, fingerprint="null")
+    return row
 
 
 def null_settings(folder: Path, prompts: Sequence[str], **changes: Any) -> RunSettings:
