@@ -8,7 +8,8 @@ from sd_guard.mitigation.later import Later
 from sd_guard.mitigation.optimisation import EmbeddingOptimisation
 from sd_guard.mitigation.prompt import EmbeddingNoise, RandomTokens, WordAblation
 from sd_guard.mitigation.reanchoring import PromptReanchoring
-from sd_guard.mitigation.rewriting import Deletion, Generated, NearestMeaning, Rewriter, TokenReplacement
+from sd_guard.mitigation.rewriters import Deletion, Generated, NearestMeaning, Rewriter
+from sd_guard.mitigation.rewriting import TokenReplacement
 
 MITIGATIONS: dict[str, type[Mitigation]] = {
     "word_ablation": WordAblation,

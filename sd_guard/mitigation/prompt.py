@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sd_guard.mitigation.base import Change, Subject
-from sd_guard.mitigation.rewriting import Lexicon
+from sd_guard.mitigation.rewriters import Lexicon
 from sd_guard.statistics.sharpness import resemblance
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sd_guard.mitigation.base import Change, Subject
-from sd_guard.mitigation.rewriting import Deletion, Lexicon, Rewriter, check_rewriter, read_rewriter
+from sd_guard.mitigation.rewriters import Deletion, Lexicon, Rewriter, check_rewriter, read_rewriter
 from sd_guard.statistics.guidance import cfg_norm
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mitigation.worlds import Remembering
-from tiny import CountLanes, build, components, seeded, watching
+from tiny import CountLanes, build, seeded, watching
 from torch import Tensor
 
 from sd_guard.mitigation import EmbeddingOptimisation
@@ -167,11 +167,6 @@ def test_a_model_that_breaks_ends_it() -> None:
 def test_settings_that_no_run_could_use(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EmbeddingOptimisation(**settings)
-
-
-@pytest.fixture(scope="module")
-def parts() -> dict[str, Any]:
-    return components()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mitigation.worlds import WIDTH, Remembering
-from tiny import CountLanes, build, byte_tokenizer, components, seeded, watching
+from tiny import CountLanes, build, byte_tokenizer, seeded, watching
 from torch import Tensor
 
 from sd_guard.guard import Guard
 from sd_guard.mitigation import Deletion, PromptReanchoring, Subject
-from sd_guard.mitigation.rewriting import Lexicon
+from sd_guard.mitigation.rewriters import Lexicon
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.settings import guard_from_json, guard_to_json
 
@@ -106,11 +106,6 @@ def test_settings() -> None:
     assert guard_from_json(guard_to_json(guard)) == guard
     with pytest.raises(ValueError, match="candidates=0 leaves nothing to look at"):
         PromptReanchoring(candidates=0)
-
-
-@pytest.fixture(scope="module")
-def parts() -> dict[str, Any]:
-    return components()
 
 
 @dataclass(frozen=True)
