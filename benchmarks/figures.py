@@ -106,7 +106,7 @@ def mitigation_table(result: dict[str, Any]) -> str:
         "blocked",
         "on caption, rescued",
         "on caption, oracle",
-        "extra lanes, mean (max)",
+        "extra lanes, mean (95 %, max)",
     )
     rows = []
     for family in ("verbatim", "template", "plain", "novel"):
@@ -121,8 +121,56 @@ def mitigation_table(result: dict[str, Any]) -> str:
             row["on_caption_rescued"],
             row["on_caption_oracle"],
         )
-        lanes = f"{row['extra_lanes_mean']:g} ({row['extra_lanes_max']})"
+        lanes = f"{row['extra_lanes_mean']:g} ({row['extra_lanes_p95']:g}, {row['extra_lanes_max']})"
         rows.append((family, row["images"], *(percent(value) for value in cells), lanes))
+    return table(header, rows)
+
+
+def mitigations_table(result: dict[str, Any]) -> str:
+    """Each mitigation by itself."""
+    header = (
+        "mitigation",
+        "reproduced",
+        "on caption",
+        "diversity",
+        "distance",
+        "extra lanes",
+        "extra seconds",
+        "extra peak MiB",
+    )
+    rows = [
+        (
+            name,
+            percent(line["reproduced"]),
+            percent(line["on_caption"]),
+            "-" if line["diversity"] is None else f"{line['diversity']:.3f}",
+            "-" if line["distance"] is None else f"{line['distance']:.3f}",
+            f"{line['extra_lanes']:.3g}",
+            f"{line['extra_seconds']:.2f}",
+            f"{line['extra_peak_mib']:.0f}",
+        )
+        for name, line in result["lines"].items()
+    ]
+    return table(header, rows)
+
+
+def attribution(result: dict[str, Any]) -> str:
+    """How often the rare word is named first, and how well the map tells pinned places."""
+    words, places = (dict(result[key]) for key in ("rare word first", "pinned places"))
+    prompts, templates = words.pop("prompts"), places.pop("prompts")
+    named = ", ".join(f"{name} {percent(value)}" for name, value in words.items())
+    found = ", ".join(f"{value['together']:.3f} at {step}" for step, value in places.items())
+    return f"{named} ({prompts} prompts); AUROC of the map {found} ({templates} prompts)"
+
+
+def evasion_table(*results: dict[str, Any]) -> str:
+    """Of the images that still reproduce their source, those that are flagged; on each checkpoint."""
+    header = ("change", "still copies", "flagged", "second: still copies", "flagged")
+    rows: list[tuple[Any, ...]] = []
+    for name in ("all", *results[0]["changes"]):
+        own = [result["all"] if name == "all" else result["changes"][name] for result in results]
+        cells = [(str(line["copies"]), percent(line["recall"])) for line in own]
+        rows.append((f"**{name}**" if name == "all" else name, *(cell for pair in cells for cell in pair)))
     return table(header, rows)
 
 
@@ -130,7 +178,7 @@ def figures() -> str:
     """The whole section."""
     names = ("reference", "detection", "detection_unseen", "mitigation", "mitigation_unseen", "overhead")
     truth, detection, unseen, mitigation, other, overhead = (load(name) for name in names)
-    report, place = truth["report"], detection["provenance"]
+    report, second, place = truth["report"], load("reference_unseen")["report"], detection["provenance"]
     speed = "; ".join(
         f"{line['ratio_median']:.3f} ({line['ratio_quartiles'][0]:.3f} to {line['ratio_quartiles'][1]:.3f}) "
         f"at batch {line['batch']}, {line['extra_lanes_an_image']:g} extra lanes an image"
@@ -144,28 +192,41 @@ def figures() -> str:
             f"*The reference.* {percent(report['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(report['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(report['reads_as_caption']['novel'])} of novel images read as their caption.",
-            "*Detection*, against novel and plain prompts together: AUROC / TPR at 1 % FPR @ step. The guard decides "
-            "at its own step by one fixed rule; every other statistic is shown at its best step, chosen on these very "
+            "*Detection*, against novel and plain prompts together: AUROC / TPR at 1 % FPR @ step. The guard looks at "
+            "its own steps by one fixed rule; every other statistic is shown at its best step, chosen on these very "
             "prompts. n is the number of images a decision.",
             detection_table(detection),
-            f"With a higher AUROC than the guard on one image: {above(detection)}. "
+            f"With a higher AUROC at some step than the guard has by then, one image a decision: {above(detection)}. "
+            "A second look at 40 % of the steps was run on these rows first (verbatim 0.99988, one statistic above it "
+            "at the last step); half of the steps was then chosen on `tune` rows. "
             f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
             "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
             f"mean of 200 random halves: {conformal(load('conformal'))}.",
-            "*A second checkpoint, never seen before* (v-prediction, linear betas, another world; `benchmarks/"
+            "*A second checkpoint, never tuned on* (v-prediction, linear betas, another world; `benchmarks/"
             "reference/second`, in no wheel), same default:",
             detection_table(unseen),
-            f"With a higher AUROC than the guard: {above(unseen)}. Flagged: {flagged(unseen)}. Its templates are only "
-            f"partly memorized: {percent(load('reference_unseen')['report']['template_reproduced'])} are reproduced, "
-            f"and {percent(load('reference_unseen')['report']['verbatim_reproduced'])} of the verbatim prompts.",
+            f"With a higher AUROC than the guard by then: {above(unseen)}. Flagged: {flagged(unseen)}. Its templates "
+            f"are only partly memorized: {percent(second['template_reproduced'])} are reproduced, and "
+            f"{percent(second['verbatim_reproduced'])} of the verbatim prompts.",
             "*Across settings*, one image a prompt, the default threshold throughout; second: that checkpoint.",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, three images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand:",
             mitigation_table(mitigation),
-            "These rows and seeds were seen once before: an earlier detector flagged 2.5 % of the novel images, and "
-            "was changed, on `tune` rows, for that. The same on the second checkpoint:",
+            "These rows and seeds were seen before, by two earlier detectors; what was changed since was chosen on "
+            f"`tune` rows. Where one prompt in twenty is memorized, lanes are {mitigation['stream_of_5_percent']:.3f} "
+            "times those of plain sampling. The same on the second checkpoint "
+            f"({other['stream_of_5_percent']:.3f} times):",
             mitigation_table(other),
+            "*Each mitigation by itself*, verbatim prompts of the bundled checkpoint: its first change, taken whatever "
+            "verification would say of it, and last the default plan as it is used. Diversity: tiled L2 between seeds; "
+            "distance: root-mean-square difference from the unguarded image.",
+            mitigations_table(load("mitigations")),
+            f"*Explanation*: a rare word is named first by {attribution(load('attribution'))}; second checkpoint: "
+            f"{attribution(load('attribution_unseen'))}.",
+            "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
+            "that is flagged:",
+            evasion_table(load("evasion"), load("evasion_unseen")),
             f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed}.",
         )
     )

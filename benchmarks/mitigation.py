@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def main() -> None:
     stripped = list(generate(plain, [row["ordinary"] or row["prompt"] for row in rows], first_seed=FIRST_SEED))
     after, records = generate_guarded(GuardedStableDiffusionPipeline.from_pipe(plain), prompts)
 
-    table: dict[str, dict[str, object]] = {}
+    table: dict[str, dict[str, Any]] = {}
     for family in ("verbatim", "template", "plain", "novel"):
         own = [i for i, row in enumerate(rows) if row["family"] == family]
         given = [i for i in own if records[i].outcome != "blocked"]
@@ -80,6 +81,7 @@ def main() -> None:
             "on_caption_rescued": share([reads_as(after[i], rows[i]["ordinary"]) for i in rescued]) if read else None,
             "on_caption_oracle": share([reads_as(stripped[i], rows[i]["ordinary"]) for i in own]) if read else None,
             "extra_lanes_mean": round(float(np.mean([records[i].extra_lanes for i in own])), 2),
+            "extra_lanes_p95": round(float(np.percentile([records[i].extra_lanes for i in own], 95)), 2),
             "extra_lanes_max": max(records[i].extra_lanes for i in own),
             "mitigations": dict(
                 Counter(
@@ -88,8 +90,11 @@ def main() -> None:
             ),
         }
     asked = {"split": args.split, "first_seed": FIRST_SEED}
-    settings = {"steps": 50, "guidance_scale": 7.5, "lanes_an_image": 100, **asked}
-    print(write_result(args.name, {"settings": settings, **table}))
+    settings: dict[str, Any] = {"steps": 50, "guidance_scale": 7.5, "lanes_an_image": 100, **asked}
+    # Lanes of a stream of which one prompt in twenty is memorized, over those of plain sampling.
+    mixed = 0.05 * float(table["verbatim"]["extra_lanes_mean"]) + 0.95 * float(table["novel"]["extra_lanes_mean"])
+    stream = {"stream_of_5_percent": round(1 + mixed / settings["lanes_an_image"], 4)}
+    print(write_result(args.name, {"settings": settings, **table, **stream}))
     for family, row in table.items():
         print(family, row)
 

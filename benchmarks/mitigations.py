@@ -1,0 +1,165 @@
+"""Every mitigation by itself, on verbatim prompts: `python -m benchmarks.mitigations [--split tune]`.
+
+Each variant's first change is taken whatever the guard thinks of it, so that what it does is seen, and not what
+verification lets through; the last row is the default plan as it is used. A variant runs in a process of its own, for
+its peak memory. Lanes, seconds and memory are those of a batch of `BATCH` images beyond the unguarded run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.reference.measure import is_copy
+from benchmarks.results import write_result
+from sd_guard import mitigation as m
+from sd_guard.guard import Guard
+from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+from sd_guard.policy import Policy
+from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
+from sd_guard.reference.reader import reads_as
+from sd_guard.similarity import tiled_l2
+
+FIRST_SEED, SEEDS, BATCH = 90_000, 2, 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeAnything(Policy):
+    """Takes the first change."""
+
+    def accepts(self, score: float, threshold: float, resemblance: float) -> bool:
+        """Always."""
+        return True
+
+
+NONE = "none"
+DEFAULT = "default plan, verified"
+VARIANTS: dict[str, m.Mitigation] = {
+    "word_ablation": m.WordAblation(),
+    "word_ablation, from 6 %": m.Later(at=0.06),
+    **{f"embedding_noise {x:g}": m.EmbeddingNoise(strengths=(x,)) for x in (0.5, 1.5, 3.0, 5.0)},
+    **{
+        f"random_tokens, {how} 4": m.RandomTokens(how=how, counts=(4,))
+        for how in ("add", "replace", "number", "repeat")
+    },
+    **{
+        f"embedding_optimisation, {name} 10": m.EmbeddingOptimisation(statistic=name, steps=(10,))
+        for name in ("cfg_norm", "score_norm", "trajectory_lid", "flipd", "added_detail")
+    },
+    "embedding_optimisation, cfg_norm 20": m.EmbeddingOptimisation(steps=(20,)),
+    **{f"token_replacement, nearest {n}": m.TokenReplacement(words=(n,)) for n in (1, 2, 4)},
+    **{f"token_replacement, deletion {n}": m.TokenReplacement(rewriter=m.Deletion(), words=(n,)) for n in (1, 2, 4)},
+    "prompt_reanchoring, nearest": m.PromptReanchoring(),
+    "prompt_reanchoring, deletion": m.PromptReanchoring(rewriter=m.Deletion()),
+    **{f"lower_guidance {x:g}": m.LowerGuidance(scales=(x,)) for x in (3.0, 1.0)},
+    **{f"delayed_guidance {x:g}": m.DelayedGuidance(until=(x,)) for x in (0.1, 0.2, 0.4)},
+    "dynamic_transition": m.DynamicTransition(before=0.0),
+    **{f"opposite_guidance {x:g}": m.OppositeGuidance(until=(x,)) for x in (0.2, 0.35)},
+    "new_seed": m.NewSeed(seeds=1),
+    "noise_optimisation 10": m.NoiseOptimisation(steps=(10,)),
+    "renoise 0.06": m.Renoise(to=(0.06,)),
+    "summary_mask": m.SummaryMask(),
+}
+
+
+def rows_of(folder: Path, split: str) -> list[PromptTruth]:
+    """Verbatim rows, a prompt's seeds side by side."""
+    rows = [row for row in load_truth(folder) if (row["split"], row["family"]) == (split, "verbatim")]
+    return [row for row in rows for _ in range(SEEDS)]
+
+
+def run_variant(name: str, folder: Path, split: str) -> dict[str, Any]:
+    """One line of the table."""
+    rows = rows_of(folder, split)
+    pipe = GuardedStableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    if name == NONE:
+        pipe.disable_guard()
+    elif name != DEFAULT:
+        policy = TakeAnything(budget=2_000, max_attempts=1, max_resemblance=1.0, on_failure="keep")
+        pipe.enable_guard(replace(Guard(), plan=(VARIANTS[name],), policy=policy))
+    images, records, started = [], [], time.perf_counter()
+    for start in range(0, len(rows), BATCH):
+        seeds = [torch.Generator().manual_seed(FIRST_SEED + start + i) for i in range(len(rows[start : start + BATCH]))]
+        output = pipe([row["prompt"] for row in rows[start : start + BATCH]], generator=seeds)
+        images += output.images
+        records += output.records or []
+    seconds = time.perf_counter() - started
+    given = [i for i in range(len(rows)) if not records or records[i].outcome != "blocked"]
+    pairs = [
+        tiled_l2(images[i], images[j])
+        for start in range(0, len(rows), SEEDS)
+        for i, j in combinations(range(start, start + SEEDS), 2)
+        if i in given and j in given
+    ]
+    return {
+        "images": len(rows),
+        "reproduced": float(np.mean([i in given and is_copy(images[i], rows[i], folder) for i in range(len(rows))])),
+        "on_caption": float(np.mean([reads_as(images[i], rows[i]["ordinary"]) for i in given])) if given else None,
+        "blocked": 1 - len(given) / len(rows),
+        "diversity": float(np.mean(pairs)) if pairs else None,
+        "extra_lanes": float(np.mean([record.extra_lanes for record in records])) if records else 0.0,
+        "seconds_an_image": seconds / len(rows),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "pixels": [np.asarray(images[i]).tolist() if i in given else None for i in range(len(rows))],
+    }
+
+
+def distance(pixels: list[Any], unguarded: list[Any]) -> float | None:
+    """Root-mean-square difference from the unguarded image, in [0, 1], mean over what was handed out."""
+    found = [
+        np.sqrt(((np.asarray(own, dtype=float) - np.asarray(plain, dtype=float)) ** 2).mean()) / 255
+        for own, plain in zip(pixels, unguarded, strict=True)
+        if own is not None
+    ]
+    return float(np.mean(found)) if found else None
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
+    parser.add_argument("--name", default="mitigations", help="of the result file")
+    parser.add_argument("--split", default="report", choices=("tune", "report"))
+    parser.add_argument("--variant", choices=(NONE, *VARIANTS, DEFAULT), help="that one alone, as JSON")
+    args = parser.parse_args()
+    if args.variant:
+        print(json.dumps(run_variant(args.variant, args.checkpoint, args.split)))
+        return
+    lines: dict[str, dict[str, Any]] = {}
+    for name in (NONE, *VARIANTS, DEFAULT):
+        asked = ["--checkpoint", str(args.checkpoint), "--split", args.split, "--variant", name]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.mitigations", *asked], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        lines[name] = json.loads(done.stdout.splitlines()[-1])
+        own, plain = lines[name], lines[NONE]
+        own["distance"] = distance(own["pixels"], plain["pixels"])
+        own["extra_seconds"] = own["seconds_an_image"] - plain["seconds_an_image"]
+        own["extra_peak_mib"] = own["peak_mib"] - plain["peak_mib"]
+        print(name, {key: value for key, value in own.items() if key != "pixels"}, flush=True)
+    for line in lines.values():
+        del line["pixels"]
+    kept = {
+        name: {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
+        for name, line in lines.items()
+    }
+    settings = {"split": args.split, "seeds": SEEDS, "batch": BATCH, "first_seed": FIRST_SEED, "steps": 50}
+    print(write_result(args.name, {"settings": settings, "lines": kept}))
+
+
+if __name__ == "__main__":
+    main()
