@@ -7,6 +7,7 @@ from typing import Annotated, cast
 import typer
 from typer.exceptions import TyperException
 
+from sd_guard.cli.benching import bench
 from sd_guard.cli.explaining import explain
 from sd_guard.cli.generating import generate, screen_prompts
 from sd_guard.cli.measuring import calibrate_model, evaluate_statistics, lid, pull_prompts
@@ -28,6 +29,7 @@ app.command("evaluate")(evaluate_statistics)
 app.command("calibrate")(calibrate_model)
 app.command()(lid)
 app.command()(explain)
+app.command()(bench)
 prompts.command("pull")(pull_prompts)
 app.add_typer(prompts, name="prompts")
 

@@ -1,0 +1,78 @@
+"""What a suite is given, and what it answers: cases, in groups that are timed by turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from typing import Any, Final, TypeAlias
+
+import torch
+
+from sd_guard.bench.settings import BenchSettings
+from sd_guard.detection import PrematureDetail
+from sd_guard.guard import Guard
+from sd_guard.reference import load_truth
+from sd_guard.screening.settings import Dtype
+
+NOBODY: Final = (math.inf, math.inf)  # range of the free score in which an image is in doubt, and so is probed
+EVERYBODY: Final = (-math.inf, math.inf)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Something that is timed.
+
+    Attributes:
+        name: of its line.
+        pipe: the pipeline whose UNet calls are counted.
+        run: does it once; what it returns goes into the line.
+        examine: finds out what else goes there; neither counted nor timed.
+    """
+
+    name: str
+    pipe: Any
+    run: Callable[[], Mapping[str, Any] | None]
+    examine: Callable[[], Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What a suite measures with, at one dtype and batch size.
+
+    Attributes:
+        settings: what was asked for.
+        device: of the pipeline.
+        dtype: of its weights.
+        batch: images, or prompts.
+        pipe: a guarded pipeline; a suite may change its guard, UNet and attention.
+    """
+
+    settings: BenchSettings
+    device: torch.device
+    dtype: Dtype
+    batch: int
+    pipe: Any
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of a pipeline's call for a batch of images, the same each time."""
+        return {
+            "prompt": prompts(self.batch),
+            "num_inference_steps": self.settings.steps,
+            "generator": [torch.Generator().manual_seed(seed) for seed in range(self.batch)],
+        }
+
+
+Suite: TypeAlias = Callable[[Bench], Iterator[Sequence[Case]]]  # a group's first case is what the others are held to
+
+
+def prompts(count: int) -> list[str]:
+    """Different ordinary prompts."""
+    novel = [row["prompt"] for row in load_truth() if (row["family"], row["split"]) == ("novel", "tune")]
+    return [f"{prompt} {place // len(novel)}" for place, prompt in enumerate(islice(cycle(novel), count))]
+
+
+def unflagging(doubt: tuple[float, float]) -> Guard:
+    """The default guard with nothing flagged, and every image in doubt or none."""
+    return replace(Guard(), detector=PrematureDetail(threshold=math.inf, doubt=doubt))

@@ -1,0 +1,104 @@
+"""One suite from its settings to its lines."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import torch
+
+from sd_guard.bench.architectures import build_pipeline
+from sd_guard.bench.base import Bench, Suite
+from sd_guard.bench.jacobians import trace
+from sd_guard.bench.measuring import matmul_ceiling, measure_by_turns
+from sd_guard.bench.mitigation import mitigation
+from sd_guard.bench.overhead import overhead
+from sd_guard.bench.peers import peers
+from sd_guard.bench.results import provenance, result_line
+from sd_guard.bench.screen import screen
+from sd_guard.bench.settings import BATCHES, BenchSettings, SuiteName
+from sd_guard.screening.loading import first_line
+from sd_guard.screening.settings import Dtype
+
+SUITES: Final[dict[SuiteName, Suite]] = {
+    "overhead": overhead,
+    "trace": trace,
+    "screen": screen,
+    "mitigation": mitigation,
+    "peers": peers,
+}
+
+
+def plan_device(settings: BenchSettings) -> torch.device:
+    """The device to measure on, before anything is built.
+
+    Raises:
+        ValueError: It is not there, too slow for the architecture, or has no compiler.
+    """
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        settings.check_on_cpu()
+    else:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device} cannot be used ({first_line(error)}); use another") from error
+    if settings.compile:
+        there = find_spec("triton") if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
+        if not there:
+            needed = "triton" if device.type == "cuda" else "a C++ compiler (g++ or clang++)"
+            raise ValueError(f"--compile needs {needed}, which is not there; install it, or leave --compile out")
+    return device
+
+
+def run_bench(settings: BenchSettings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Measures; yields each result when its group is done, and appends it to the file that was asked for.
+
+    Args:
+        settings: what is measured.
+        device: as `plan_device` answers.
+    """
+    where = provenance(device)
+    index = None if device.type == "cpu" else torch.device("cuda", device.index or 0)
+    current: AbstractContextManager[Any] = nullcontext() if index is None else torch.cuda.device(index)
+    with current:
+        for dtype in settings.dtypes or _default_dtypes(settings, device):
+            ceiling = matmul_ceiling(device, getattr(torch, dtype))
+            for batch in settings.batches or BATCHES[settings.suite]:
+                bench = Bench(settings, device, dtype, batch, build_pipeline(settings.arch, device, dtype))
+                for line in _measure(bench, ceiling):
+                    line["provenance"] = where
+                    if settings.out is not None:
+                        with settings.out.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(line) + "\n")
+                    yield line
+                del bench
+                gc.collect()  # compiled modules and hooks hold pipelines in cycles
+
+
+def _measure(bench: Bench, ceiling: float) -> Iterator[dict[str, Any]]:
+    settings = bench.settings
+    path = None if settings.profile is None else partial(_trace_path, bench, settings.profile)
+    for cases in SUITES[settings.suite](bench):
+        found = measure_by_turns(cases, bench.device, warmup=settings.warmup, repeats=settings.repeats, trace_path=path)
+        for measured in found:
+            yield result_line(bench, measured, found[0], ceiling)
+
+
+def _default_dtypes(settings: BenchSettings, device: torch.device) -> tuple[Dtype, ...]:
+    if settings.suite == "trace":
+        return get_args(Dtype)
+    return ("float16",) if device.type == "cuda" else ("float32",)
+
+
+def _trace_path(bench: Bench, folder: Path, name: str) -> Path:
+    parts = (bench.settings.suite, bench.settings.arch, bench.dtype, str(bench.batch), name)
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', ' '.join(parts))}.json"

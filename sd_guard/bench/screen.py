@@ -1,0 +1,60 @@
+"""The suite `screen`: quick depth over the bare UNet at the same lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, prompts
+from sd_guard.bench.measuring import counted
+from sd_guard.detection import PrematureDetail
+from sd_guard.lanes import Conditioning, evaluate_lanes
+from sd_guard.reference import checkpoint_path
+from sd_guard.screening.quick import QUICK, QuickScreener
+from sd_guard.screening.settings import ModelSettings
+
+
+def screen(bench: Bench) -> Iterator[Sequence[Case]]:
+    """With no prompt in doubt, and with every one; a seed's control is there already, as of the second batch on.
+
+    `prompts` over `seconds` is the throughput.
+    """
+    if bench.settings.compile:
+        bench.pipe.unet = torch.compile(getattr(bench.pipe.unet, "_orig_mod", bench.pipe.unet))
+    texts = prompts(bench.batch)
+    # Of the model settings only those of sampling are read: the pipeline is there.
+    model = ModelSettings(model=str(checkpoint_path()), steps=bench.settings.steps, dtype=bench.dtype)
+    for name, doubt in (("none in doubt", NOBODY), ("all in doubt", EVERYBODY)):
+        guard = replace(QUICK, detector=PrematureDetail(threshold=QUICK.detector.threshold, doubt=doubt))
+        screener = QuickScreener.make(bench.pipe, model, batch_size=bench.batch, guard=guard)
+        run = partial(_screen, screener, texts)
+        run()  # evaluates the control
+        with counted(bench.pipe) as spent:
+            run()
+        yield [
+            Case(name=f"bare UNet, {name}", pipe=bench.pipe, run=_bare(bench, screener, spent.lanes // bench.batch)),
+            Case(name=f"quick depth, {name}", pipe=bench.pipe, run=run),
+        ]
+
+
+def _screen(screener: QuickScreener, texts: Sequence[str]) -> Mapping[str, Any]:
+    records = screener.measure(texts, [0] * len(texts))
+    return {"prompts": len(texts), "extra_lanes": sum(record.extra_lanes for record in records) / len(records)}
+
+
+def _bare(bench: Bench, screener: QuickScreener, calls: int) -> Any:
+    """As many UNet calls of the same shape, and nothing else."""
+    x = torch.zeros(bench.batch, *screener.noise_shape, device=screener.empty.device, dtype=screener.empty.dtype)
+    lanes = Conditioning(screener.empty.expand(bench.batch, -1, -1))
+    timestep = screener.observed[-1].timestep
+
+    def run() -> Mapping[str, Any]:
+        for _ in range(calls):
+            evaluate_lanes(bench.pipe.unet, x, timestep, lanes)
+        return {"prompts": bench.batch}
+
+    return run

@@ -1,0 +1,116 @@
+"""What a benchmark is asked to do: checked before torch is imported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeAlias, cast, get_args
+
+from sd_guard.screening.settings import Dtype
+
+SuiteName: TypeAlias = Literal["overhead", "trace", "screen", "mitigation", "peers"]
+Arch: TypeAlias = Literal["reference", "sd15", "sd21"]
+BATCHES: Final[dict[SuiteName, tuple[int, ...]]] = {
+    "overhead": (1, 4, 16),
+    "trace": (4,),
+    "screen": (16, 64, 256),
+    "mitigation": (1, 4),
+    "peers": (1,),
+}
+_DIFFERENTIATED: Final = ("trace", "peers")  # these differentiate through the UNet, which a compiled one may not allow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSettings:
+    """One suite on one architecture.
+
+    Attributes:
+        suite: What is measured.
+        arch: `reference` is the bundled checkpoint; `sd15` and `sd21` are Stable Diffusion 1.5 and 2.1-base of random
+            weights, on a GPU only.
+        dtypes: Of the weights, measured one after the other; None for float16 on a GPU, float32 on the CPU, and all
+            three in the suite `trace`.
+        batches: Images (in the suite `screen`: prompts) a batch, >= 1, one after the other; None for the suite's own.
+        compile: Also with a compiled UNet (`overhead`), or with one only (`screen`, `mitigation`).
+        steps: Sampling steps, >= 2.
+        repeats: Timed runs of a case, >= 1.
+        warmup: Runs before them, >= 0.
+        device: `cpu`, `cuda` or `cuda:N`; None for CUDA if there is one.
+        out: A file to append the results to.
+        profile: An existing folder to write a torch.profiler trace of each case to.
+
+    Raises:
+        ValueError: A value is out of its range, or does not go with the others.
+    """
+
+    suite: SuiteName
+    arch: Arch = "reference"
+    dtypes: tuple[Dtype, ...] | None = None
+    batches: tuple[int, ...] | None = None
+    compile: bool = False
+    steps: int = 50
+    repeats: int = 10
+    warmup: int = 3
+    device: str | None = None
+    out: Path | None = None
+    profile: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value that can be checked without torch."""
+        for option, value, least in (
+            ("steps", self.steps, 2),
+            ("repeats", self.repeats, 1),
+            ("warmup", self.warmup, 0),
+        ):
+            if value < least:
+                raise ValueError(f"--{option} is {value}; use at least {least}")
+        if self.suite == "peers" and self.batches not in (None, (1,)):
+            raise ValueError("--batch: the suite peers looks at one prompt at a time; leave it out")
+        if self.compile and self.suite in _DIFFERENTIATED:
+            raise ValueError(f"--compile: the suite {self.suite} differentiates through the UNet; leave it out")
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"--device is {self.device!r}; use cpu, cuda or cuda:N")
+        if self.device == "cpu":
+            self.check_on_cpu()
+        if self.out is not None and (self.out.is_dir() or not self.out.parent.is_dir()):
+            raise ValueError(f"--out {self.out}: is a folder, or in none that is there; name a file")
+        if self.profile is not None and not self.profile.is_dir():
+            raise ValueError(f"--profile {self.profile}: no such folder; make it first")
+
+    def check_on_cpu(self) -> None:
+        """Refuses what would take hours on a CPU.
+
+        Raises:
+            ValueError: A full-size architecture.
+        """
+        if self.arch != "reference":
+            raise ValueError(f"--arch {self.arch} is for a CUDA device; on the CPU use --arch reference")
+
+
+def read_batches(text: str | None) -> tuple[int, ...] | None:
+    """Batch sizes of `1,4,16`; None for None.
+
+    Raises:
+        ValueError: It is no list of whole numbers of at least 1.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", part) for part in parts):
+        raise ValueError(f"--batch is {text!r}; use whole numbers of at least 1, with commas, such as 1,4,16")
+    return tuple(map(int, parts))
+
+
+def read_dtypes(text: str | None) -> tuple[Dtype, ...] | None:
+    """Dtypes of `float16,bfloat16`; None for None.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if unknown := [name for name in names if name not in get_args(Dtype)]:
+        raise ValueError(f"--dtype is {unknown[0]!r}; use one or more of {', '.join(get_args(Dtype))}, with commas")
+    return cast("tuple[Dtype, ...]", names)
