@@ -103,8 +103,9 @@ def persistence(then: Tensor, now: Tensor) -> Tensor:
     """
     before, after = (_edges(x.float()) for x in (then, now))
     side = max(2, round(_WINDOW * min(then.shape[-2:])))
+    window = [min(side, size) for size in then.shape[-2:]]
     shared, own, other = (
-        torch.nn.functional.avg_pool2d((a * b).sum(1, keepdim=True), side, stride=1).flatten(1)
+        torch.nn.functional.avg_pool2d((a * b).sum(1, keepdim=True), window, stride=1).flatten(1)
         for a, b in ((before, after), (before, before), (after, after))
     )
     faint = [_FAINT * energy.mean(1, keepdim=True) + _TINY for energy in (own, other)]

@@ -91,7 +91,7 @@ def test_scores_are_those_of_whole_calls_at_a_fraction_of_them(make: Any, monkey
     monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: pytest.fail("decoded"))
     with CountLanes(pipe.unet) as counted:
         records = score_prompts(pipe, prompts, [7, 8], **arguments)
-    assert counted.rows == 2 * (2 * 3 + 2)  # two lanes at steps 0, 1 and 2, which decides, and one probe in two lanes
+    assert counted.rows == 2 * (2 * 5 + 2)  # two lanes at steps 0 to 4, the second look, and one probe in two lanes
     for record, expected in zip(records, whole, strict=True):
         assert record.statistics == expected.statistics
         assert record.score == expected.score
@@ -106,7 +106,7 @@ def test_who_is_probed_does_not_depend_on_the_threshold(make: Any) -> None:
 
     def scored(threshold: float, doubt: tuple[float, float]) -> Any:
         detector = PrematureDetail(threshold=threshold, doubt=doubt)
-        pipe.enable_guard(replace(GUARD, detector=detector))
+        pipe.enable_guard(replace(GUARD, detector=detector, look_again_at=None))  # doubt is of the first look
         with CountLanes(pipe.unet) as counted:
             return score_prompts(pipe, prompts, seeds, num_inference_steps=STEPS), counted.rows
 
@@ -164,12 +164,13 @@ def test_the_calibration_is_that_of_the_records(
     assert "calibrating: 100%" in bar
     assert f"{len(prompts)}/{len(prompts)}" in bar
     guarded = make()
-    guarded.enable_guard(calibration=calibration)
+    unmitigated = guarded.guard.with_policy(max_attempts=0)  # what is changed has no second look of its own
+    guarded.enable_guard(unmitigated, calibration=calibration)
     again = guarded(BENIGN, num_inference_steps=STEPS, generator=seeded(*range(9)), output_type="latent").records
     scores = sorted(record.score for record in again)
     if not labelled:  # the largest of nine is the threshold at 10 %, up to the rounding of another batch size
         assert scores == pytest.approx(calibration.benign_scores, abs=1e-3)
-        assert calibration.thresholds[2] == pytest.approx(scores[-1], abs=1e-3)
+        assert calibration.thresholds[4] == pytest.approx(scores[-1], abs=1e-3)
     with pytest.raises(ValueError, match="made for another configuration"):
         guarded("x", num_inference_steps=STEPS + 1)
 

@@ -30,8 +30,9 @@ def test_persistence_sees_a_template_whose_other_part_is_free(size: tuple[int, i
     assert float(resemblance(then, now).mean()) < 0.7
 
 
-def test_persistence_of_nothing_is_finite() -> None:
-    flat = torch.zeros(2, 4, 8, 8)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (8, 8)])
+def test_persistence_of_nothing_is_finite(size: tuple[int, int]) -> None:
+    flat = torch.zeros(2, 4, *size)
     assert persistence(flat, flat).tolist() == [0.0, 0.0]
     assert persistence(flat, torch.randn_like(flat)).tolist() == [0.0, 0.0]
 
