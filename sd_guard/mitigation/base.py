@@ -15,6 +15,7 @@ from sd_guard.noise import NoiseLevel, Prediction
 # forward pass without gradients: 1.5 on a random UNet of Stable Diffusion 1's size (860 M weights, 32 x 32 latents),
 # 2.8 on the bundled checkpoint's, where Python's share is large; 0.9 to 1.2 without checkpointing on either.
 BACKWARD_LANES = 2.0
+_CHANGES_WEIGHTS = ("group_offloading", "layerwise_casting")  # hooks of diffusers that do so after a layer's forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,9 @@ def check_gradients(pipe: Any, who: str) -> None:
         hook = getattr(module, "_hf_hook", None)  # accelerate's, alone or several in one
         moved = any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
         registry = getattr(module, "_diffusers_hook", None)
-        grouped = registry is not None and registry.get_hook("group_offloading") is not None
-        if moved or grouped:
+        changed = registry is not None and any(registry.get_hook(name) for name in _CHANGES_WEIGHTS)
+        if moved or changed:
             raise ValueError(
-                f"{who} takes gradients, and the UNet's weights are offloaded before a backward pass needs them: "
+                f"{who} takes gradients, and the UNet's weights are offloaded or cast before a backward pass: "
                 "use enable_model_cpu_offload(), or leave it out of the plan"
             )

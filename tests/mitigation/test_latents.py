@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from mitigation.mixtures import KNOWN, assert_forgets, call, mixture_pipeline
 from mitigation.worlds import Remembering
 from tiny import CountLanes, build, seeded, subject_of, watching
@@ -235,6 +237,30 @@ def test_without_gradients_it_is_refused_before_anything_is_sampled(parts: dict[
         with pytest.raises(ValueError, match=r"^noise_optimisation takes gradients, which torch.inference_mode\(\)"):
             call(pipe, *KNOWN)
     assert count.rows == 0
+
+
+CPU = torch.device("cpu")
+WEIGHTS: dict[str, Any] = {
+    "sequential offload": lambda unet: cpu_offload(unet, CPU),
+    "group offload": lambda unet: unet.enable_group_offload(CPU, CPU, offload_type="leaf_level"),
+    "layerwise casting": lambda unet: unet.enable_layerwise_casting(torch.float16, torch.float32),
+    "model offload": lambda unet: cpu_offload_with_hook(unet, CPU),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_a_backward_pass_would_miss_are_refused(parts: dict[str, Any], name: str) -> None:
+    """A model that is moved as a whole stays where it is until another one is wanted."""
+    unet = copy.deepcopy(parts["unet"])
+    pipe: Any = build(GuardedStableDiffusionPipeline, {**parts, "unet": unet})
+    WEIGHTS[name](unet)
+    if name == "model offload":
+        pipe.enable_guard(watching(-1e9, (NoiseOptimisation(steps=(1,)),)), budget=100)
+        output = pipe("a dog", generator=seeded(1), num_inference_steps=6, output_type="latent")
+        assert [attempt.strength for attempt in output.records[0].attempts] == [1.0]
+        return
+    with pytest.raises(ValueError, match=r"^noise_optimisation takes gradients, and .* weights are offloaded or cast"):
+        pipe.enable_guard(watching(plan=(NoiseOptimisation(),)))
 
 
 @pytest.mark.parametrize(
