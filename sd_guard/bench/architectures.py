@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -100,14 +99,14 @@ def build_pipeline(arch: Arch, device: torch.device, dtype: Dtype) -> GuardedSta
         )
         pipe.to(device)
     else:
-        pipe = GuardedStableDiffusionPipeline(
-            **build_networks(ARCHITECTURES[arch], device, getattr(torch, dtype)),
-            tokenizer=CLIPTokenizer.from_pretrained(checkpoint_path() / "tokenizer", model_max_length=TOKENS),
-            scheduler=_scheduler(checkpoint_path()),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        parts = build_networks(ARCHITECTURES[arch], device, getattr(torch, dtype)) | {
+            "tokenizer": CLIPTokenizer.from_pretrained(checkpoint_path() / "tokenizer", model_max_length=TOKENS),
+            # DDIM on Stable Diffusion's own betas, which the bundled checkpoint was trained on.
+            "scheduler": DDIMScheduler.from_pretrained(checkpoint_path(), subfolder="scheduler"),
+            "safety_checker": None,
+            "feature_extractor": None,
+        }
+        pipe = GuardedStableDiffusionPipeline(**parts, requires_safety_checker=False)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
@@ -116,17 +115,16 @@ def build_pipeline(arch: Arch, device: torch.device, dtype: Dtype) -> GuardedSta
 
 def build_networks(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """UNet, autoencoder and text encoder of random weights; on the device `meta` they cost neither time nor memory."""
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # only a pooled output would read them
+    tokens: dict[str, Any] = {
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }  # only a pooled output would read them
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
-        networks = {
+        networks: dict[str, Any] = {
             "unet": UNet2DConditionModel(**architecture.unet),
             "vae": AutoencoderKL(**architecture.vae),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**architecture.text_encoder, **tokens)),
         }
     return {name: network.to(dtype) for name, network in networks.items()}
-
-
-def _scheduler(checkpoint: Path) -> DDIMScheduler:
-    """DDIM on Stable Diffusion's own betas, which the bundled checkpoint was trained on."""
-    return DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler")

@@ -29,7 +29,7 @@ from sd_guard.trace import FiniteDifference, ForwardMode, JacobianProduct, Rever
 
 REFERENCE_PROBES: Final = 256
 COMPARED: Final = 16  # of these, those that every method is compared on
-_STEPS: Final = tuple(2.0**-power for power in range(0, 15, 2))
+_POWERS: Final = range(0, 15, 2)  # of one half: step sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,13 @@ def trace(bench: Bench) -> Iterator[Sequence[Case]]:
 
 def methods() -> dict[str, JacobianProduct]:
     """Every method by its name: finite differences at their default step and at a range of steps, and exact ones."""
-    found: dict[str, JacobianProduct] = {
+    return {
         "finite-difference": FiniteDifference(),
+        **{f"finite-difference, step 2^-{power}": FiniteDifference(step=2.0**-power) for power in _POWERS},
         "central": FiniteDifference("central"),
+        "forward-mode": ForwardMode(),
+        "reverse-mode": ReverseMode(),
     }
-    found |= {f"finite-difference, step {step:g}": FiniteDifference(step=step) for step in _STEPS}
-    return found | {"forward-mode": ForwardMode(), "reverse-mode": ReverseMode()}
 
 
 @lru_cache(maxsize=1)  # all dtypes of one batch size, one after the other, are held against the same
