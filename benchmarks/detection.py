@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.results import FOLDER, write_result
-from sd_guard.evaluation.run import evaluate
+from sd_guard.evaluation.collect import Measurements, describe
+from sd_guard.evaluation.run import evaluate, read_measurements, write_results
 from sd_guard.evaluation.settings import GUARD, EvaluationSettings
 from sd_guard.evaluation.table import best_steps
 from sd_guard.guard import Guard
 from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
 from sd_guard.screening.settings import ModelSettings
+from sd_guard.statistics import SEED_STATISTICS, STATISTICS
 
 SHARES = (0.0, 0.02, 0.06, 0.1, 0.2, 0.4, 0.5, 1.0)
 QUESTIONS = (
@@ -64,6 +68,22 @@ def flagged(measurements: Any, threshold: float) -> dict[str, float]:
     return {f: round(float(np.mean([r["value"] > threshold for r in rows if r["family"] == f])), 4) for f in families}
 
 
+def reuse(earlier: Path, out: Path, seeds: int) -> dict[str, Any]:
+    """Sets all rows of an earlier evaluation but the guard's beside the guard's new ones, and tabulates them anew."""
+    ours, theirs = (read_measurements(folder) for folder in (out, earlier))
+    others = theirs.filter(pc.not_equal(theirs["statistic"], GUARD))
+    keys = ["index", "prompt", "family"]
+    same = [sorted({tuple(row.values()) for row in part.select(keys).to_pylist()}) for part in (ours, others)]
+    if same[0] != same[1]:
+        raise SystemExit(f"{earlier} is an evaluation of other prompts")
+    own = set(STATISTICS) & set(others["statistic"].to_pylist())
+    kinds = [kind() for name, kind in STATISTICS.items() if name in own]
+    several = [kind() for name, kind in SEED_STATISTICS.items() if name in others["statistic"].to_pylist()]
+    described = describe(kinds, several, seeds=seeds, observe_at=SHARES, with_guard=True)
+    write_results(out, Measurements(values=pa.concat_tables([ours, others]), statistics=described, seeds=seeds))
+    return {"other_statistics": f"of {earlier.name}, measured before the guard last changed"}
+
+
 def above_the_guard(table: Any) -> list[dict[str, Any]]:
     """Statistics that do better than the guard, one image a decision: each step against the guard's last look so far.
 
@@ -94,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="images a prompt")
     parser.add_argument("--statistics", help="names, with commas; default all")
     parser.add_argument("--out", type=Path, help="folder of the evaluation, to be resumed if there; default a new one")
+    parser.add_argument("--reuse", type=Path, help="earlier evaluation of these prompts: measure only the guard anew")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp()) / "evaluation"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +123,13 @@ def main() -> None:
         prompts=write_prompts(rows, out.parent / f"{args.name}_prompts.csv"),
         out=out,
         model=ModelSettings(model=str(args.checkpoint)),
-        statistics=tuple(args.statistics.split(",")) if args.statistics else None,
+        statistics=(GUARD,) if args.reuse else tuple(args.statistics.split(",")) if args.statistics else None,
         seeds=args.seeds,
         observe_at=SHARES,
         resume=out.exists(),
     )
     evaluate(settings)
+    reused = reuse(args.reuse, out, args.seeds) if args.reuse else {}
     table, measurements = (pq.read_table(out / f"{name}.parquet") for name in ("table", "measurements"))
     guard = Guard()
     result = {
@@ -117,6 +139,7 @@ def main() -> None:
             "split": args.split,
             "prompts": len(rows),
             "seeds": args.seeds,
+            **reused,
         },
         "threshold": guard.detector.threshold,
         "flagged": flagged(measurements, guard.detector.threshold),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sd_guard.statistics.base import Denoiser, StepCall
 
-CONTROL_FLOOR = 0.15  # detail, in latents of unit scale, below which a control is as good as featureless
+CONTROL_FLOOR = 0.15  # detail, in latents of unit scale, below which a prediction is as good as featureless
 _TINY = 1e-12  # keeps the logarithm finite for a constant prediction
 _NOTHING = 0.01  # of the control's detail: less than that is none
 _WINDOW = 3 / 8  # of the latent's side: large enough to hold a shape, small enough to lie beside a template's free part
@@ -92,14 +92,15 @@ def persistence(then: Tensor, now: Tensor) -> Tensor:
     (law of total variance). A memorized prompt's picture is settled from the start; an ordinary one's is still being
     made up. Taken window by window, over windows of 3/8 of the latent's side, and the better half of these averaged, so
     that a template counts whose remainder is free. In each window, the cosine of the two predictions' spatial
-    differences; windows with next to no structure count as unlike.
+    differences; windows with next to no structure count as unlike. A picture with less detail than `CONTROL_FLOOR`
+    counts by as much as it has of that: a plain colour is settled early, and is nobody's memory.
 
     Args:
         then: (B, C, H, W) predicted clean latents at a higher noise level.
         now: (B, C, H, W) those of the same trajectories at a lower one.
 
     Returns:
-        (B,) float32 in [-1, 1].
+        (B,) float32 in [-1, 1]; NaN for latents of a single pixel, which have no differences.
     """
     before, after = (_edges(x.float()) for x in (then, now))
     side = max(2, round(_WINDOW * min(then.shape[-2:])))
@@ -110,7 +111,8 @@ def persistence(then: Tensor, now: Tensor) -> Tensor:
     )
     faint = [_FAINT * energy.mean(1, keepdim=True) + _TINY for energy in (own, other)]
     cosine = shared / ((own + faint[0]) * (other + faint[1])).sqrt()
-    return cosine.topk(-(-cosine.shape[1] // 2), dim=1).values.mean(1).clamp(-1.0, 1.0)
+    structured = (detail(now) / CONTROL_FLOOR).clamp(max=1.0)
+    return structured * cosine.topk(-(-cosine.shape[1] // 2), dim=1).values.mean(1).clamp(-1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

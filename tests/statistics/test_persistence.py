@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sd_guard.statistics.sharpness import persistence, resemblance
+from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail, persistence, resemblance
 
 
 def test_persistence_of_a_settled_picture_is_one() -> None:
@@ -30,9 +30,12 @@ def test_persistence_sees_a_template_whose_other_part_is_free(size: tuple[int, i
     assert float(resemblance(then, now).mean()) < 0.7
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (8, 8)])
-def test_persistence_of_nothing_is_finite(size: tuple[int, int]) -> None:
-    flat = torch.zeros(2, 4, *size)
+def test_persistence_of_a_pixel_is_none() -> None:
+    assert persistence(torch.ones(2, 4, 1, 1), torch.ones(2, 4, 1, 1)).isnan().all()
+
+
+def test_persistence_of_nothing_is_finite() -> None:
+    flat = torch.zeros(2, 4, 8, 8)
     assert persistence(flat, flat).tolist() == [0.0, 0.0]
     assert persistence(flat, torch.randn_like(flat)).tolist() == [0.0, 0.0]
 
@@ -63,3 +66,11 @@ def test_persistence_against_a_window_by_window_computation() -> None:
     own, other = (0.02 * sum(energies) / 36 for energies in sums[1:])
     cosines = sorted(ab / ((aa + own) * (bb + other)) ** 0.5 for ab, aa, bb in zip(*sums, strict=True))
     assert float(persistence(then, now)) == pytest.approx(sum(cosines[18:]) / 18, abs=1e-5)
+
+
+def test_a_plain_picture_is_settled_and_no_memory() -> None:
+    """With a tenth of the detail that counts as any, a tenth of the persistence."""
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    plain = 0.1 * CONTROL_FLOOR / detail(x).reshape(4, 1, 1, 1) * x
+    assert persistence(x, plain) == pytest.approx([0.1] * 4, abs=0.005)
+    assert persistence(x, 20 * plain) == pytest.approx([1.0] * 4, abs=0.03)
