@@ -126,34 +126,6 @@ def mitigation_table(result: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def mitigations_table(result: dict[str, Any]) -> str:
-    """Each mitigation by itself."""
-    header = (
-        "mitigation",
-        "reproduced",
-        "on caption",
-        "diversity",
-        "distance",
-        "extra lanes",
-        "extra seconds",
-        "extra peak MiB",
-    )
-    rows = [
-        (
-            name,
-            percent(line["reproduced"]),
-            percent(line["on_caption"]),
-            "-" if line["diversity"] is None else f"{line['diversity']:.3f}",
-            "-" if line["distance"] is None else f"{line['distance']:.3f}",
-            f"{line['extra_lanes']:.3g}",
-            f"{line['extra_seconds']:.2f}",
-            f"{line['extra_peak_mib']:.0f}",
-        )
-        for name, line in result["lines"].items()
-    ]
-    return table(header, rows)
-
-
 def attribution(result: dict[str, Any]) -> str:
     """How often the rare word is named first, and how well the map tells pinned places."""
     words, places = (dict(result[key]) for key in ("rare word first", "pinned places"))
@@ -163,15 +135,11 @@ def attribution(result: dict[str, Any]) -> str:
     return f"{named} ({prompts} prompts); AUROC of the map {found} ({templates} prompts)"
 
 
-def evasion_table(*results: dict[str, Any]) -> str:
-    """Of the images that still reproduce their source, those that are flagged; on each checkpoint."""
-    header = ("change", "still copies", "flagged", "second: still copies", "flagged")
-    rows: list[tuple[Any, ...]] = []
-    for name in ("all", *results[0]["changes"]):
-        own = [result["all"] if name == "all" else result["changes"][name] for result in results]
-        cells = [(str(line["copies"]), percent(line["recall"])) for line in own]
-        rows.append((f"**{name}**" if name == "all" else name, *(cell for pair in cells for cell in pair)))
-    return table(header, rows)
+def evasion_table(result: dict[str, Any]) -> str:
+    """Of the images that still reproduce their source, those that are flagged."""
+    lines = {"**all**": result["all"], **result["changes"]}
+    rows = [(name, str(line["copies"]), percent(line["recall"])) for name, line in lines.items()]
+    return table(("change", "still copies", "of these flagged"), rows)
 
 
 def figures() -> str:
@@ -218,15 +186,10 @@ def figures() -> str:
             "times those of plain sampling. The same on the second checkpoint "
             f"({other['stream_of_5_percent']:.3f} times):",
             mitigation_table(other),
-            "*Each mitigation by itself*, verbatim prompts of the bundled checkpoint: its first change, taken whatever "
-            "verification would say of it, and last the default plan as it is used. Diversity: tiled L2 between seeds; "
-            "distance: root-mean-square difference from the unguarded image.",
-            mitigations_table(load("mitigations")),
-            f"*Explanation*: a rare word is named first by {attribution(load('attribution'))}; second checkpoint: "
-            f"{attribution(load('attribution_unseen'))}.",
+            f"*Explanation*: a rare word is named first by {attribution(load('attribution'))}.",
             "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
             "that is flagged:",
-            evasion_table(load("evasion"), load("evasion_unseen")),
+            evasion_table(load("evasion")),
             f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed}.",
         )
     )

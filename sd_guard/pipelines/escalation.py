@@ -145,7 +145,8 @@ class Escalation:
             self.observations,
         )
         self._go_on(rows, resumed, self.watch.steps[-1] + 1, self._controls(start.step, first))
-        resumed.observations, scores = decide(detector, resumed.observations, partial(self._probe, rows, resumed))
+        rest = self.walk.cost(resumed.step, self._steps if own else len(self.walk.scales))
+        resumed.observations, scores = decide(detector, resumed.observations, partial(self._probe, rows, resumed, rest))
         seen = self._compare(rows, resumed, scores)
         # In a loop of its own: to the second look, and what passes that to the end.
         for stop in ((self.watch.second_look or 0) + 1, self._steps) if own else (len(self.walk.scales),):
@@ -174,12 +175,12 @@ class Escalation:
         alike = resemblance(predicted_image(looks), predicted_image(self.observations)[rows]).tolist()
         return [(score, self.guard.detector.threshold, near) for score, near in zip(scores, alike, strict=True)]
 
-    def _probe(self, rows: list[int], resumed: Resumed, doubtful: Sequence[int]) -> Observation:
-        """Probes those of the resumed images in doubt that can still afford it."""
+    def _probe(self, rows: list[int], resumed: Resumed, rest: int, doubtful: Sequence[int]) -> Observation:
+        """Probes those of the resumed images in doubt that can still afford it, and the `rest` of their way."""
         assert resumed.last is not None
         watch, seen = resumed.watch, resumed.observations[-1]
         cases = {index: self.cases[rows[index]] for index in doubtful}
-        able = [index for index, case in cases.items() if case.lanes + 2 * watch.probes <= case.budget]
+        able = [index for index, case in cases.items() if case.lanes + rest + 2 * watch.probes <= case.budget]
         if not able or not watch.probes:
             return seen
         for index in able:

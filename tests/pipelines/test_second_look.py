@@ -120,6 +120,20 @@ def test_no_budget_for_the_whole_way(guarded: Any) -> None:
     assert (record.outcome, record.extra_lanes, record.attempts) == ("blocked", 0, ())
 
 
+@pytest.mark.parametrize(("budget", "lanes"), [(8, 8), (9, 8), (10, 10), (11, 10)])
+def test_a_probe_leaves_lanes_for_the_rest_of_the_way(guarded: Any, budget: int, lanes: int) -> None:
+    """Eight lanes to the second look and two for a probe at the deciding step: never more than the budget."""
+
+    @dataclass(frozen=True)
+    class Doubtful(Late):
+        def in_doubt(self, observations: Any) -> torch.Tensor:
+            images = len(observations[0].values["detail"])
+            return torch.full((images,), images < len(PROMPTS))
+
+    record = latents_of(guarded(looking(Doubtful()).with_policy(budget=budget)))[0].records[1]
+    assert (record.outcome, record.extra_lanes) == ("rescued", lanes)
+
+
 def test_a_second_look_that_is_not_finite_is_unscored(guarded: Any) -> None:
     @dataclass(frozen=True)
     class Broken(Late):
