@@ -176,7 +176,8 @@ def figures() -> str:
             f"With a higher AUROC than the guard by then: {above(unseen)}. Flagged: {flagged(unseen)}. Its templates "
             f"are only partly memorized: {percent(second['template_reproduced'])} are reproduced, and "
             f"{percent(second['verbatim_reproduced'])} of the verbatim prompts.",
-            "*Across settings*, one image a prompt, the default threshold throughout; second: that checkpoint.",
+            "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
+            "checkpoint.",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, three images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand:",
