@@ -1,7 +1,7 @@
 """The guard's detection across settings: `python -m benchmarks.sweep [--checkpoint FOLDER] [--name NAME]`.
 
-Guidance, number of steps, scheduler and dtype, one at a time around the default, on `report` rows (of the novel ones the
-first `NOVEL`), one seed a prompt.
+Guidance, number of steps, scheduler and dtype, one at a time around the default, on `report` rows (of the novel ones
+the first `NOVEL`), one seed a prompt.
 The threshold is the default's throughout: nothing is calibrated.
 """
 
