@@ -99,7 +99,8 @@ def build_pipeline(arch: Arch, device: torch.device, dtype: Dtype) -> GuardedSta
         )
         pipe.to(device)
     else:
-        parts = build_networks(ARCHITECTURES[arch], device, getattr(torch, dtype)) | {
+        parts: dict[str, Any] = {
+            **build_networks(ARCHITECTURES[arch], device, getattr(torch, dtype)),
             "tokenizer": CLIPTokenizer.from_pretrained(checkpoint_path() / "tokenizer", model_max_length=TOKENS),
             # DDIM on Stable Diffusion's own betas, which the bundled checkpoint was trained on.
             "scheduler": DDIMScheduler.from_pretrained(checkpoint_path(), subfolder="scheduler"),

@@ -21,8 +21,7 @@ from sd_guard.bench.base import Case
 from sd_guard.screening.loading import first_line
 
 _SIZE: Final = {"cuda": 8192, "cpu": 512}  # of the ceiling's square matrices: enough to fill a GPU
-# What a trace shows where the host waits for a result: calls of the driver, or on the CPU a tensor read as a number.
-_WAITS: Final = {"cuda": ("cudaStreamSynchronize", "cudaEventSynchronize"), "cpu": ("aten::_local_scalar_dense",)}
+_WAITS: Final = ("cudaStreamSynchronize", "cudaEventSynchronize")  # in a trace: the host waits for a result
 
 
 class CountFlops(TorchDispatchMode):
@@ -121,7 +120,7 @@ class Measured:
         runs: timed ones.
         count: of one run; None before it was counted.
         figures: what examining and running it returned.
-        waits: times that the host waited in one run; None where no trace was taken.
+        waits: times that the host waited for the GPU in one run; None on the CPU, or where no trace was taken.
         failed: why it could not be measured, in one line; else None.
     """
 
@@ -163,7 +162,8 @@ class Measured:
         with profile(activities=activities) as trace:
             self.case.run()
         trace.export_chrome_trace(str(path))
-        self.waits = sum(event.count for event in trace.key_averages() if event.key in _WAITS[device.type])
+        if device.type == "cuda":
+            self.waits = sum(event.count for event in trace.key_averages() if event.key in _WAITS)
 
 
 def measure_by_turns(
