@@ -67,6 +67,15 @@ class Bench:
 Suite: TypeAlias = Callable[[Bench], Iterator[Sequence[Case]]]  # a group's first case is what the others are held to
 
 
+def unmeasurable(name: str, pipe: Any, reason: str) -> Case:
+    """A case that fails, so that its line says why."""
+
+    def run() -> None:
+        raise ValueError(reason)
+
+    return Case(name=name, pipe=pipe, run=run)
+
+
 def prompts(count: int) -> list[str]:
     """Different ordinary prompts."""
     novel = [row["prompt"] for row in load_truth() if (row["family"], row["split"]) == ("novel", "tune")]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any, Final
 
 import torch
@@ -71,7 +71,7 @@ def methods() -> dict[str, JacobianProduct]:
     }
 
 
-@lru_cache(maxsize=1)  # all dtypes of one batch size, one after the other, are held against the same
+@cache  # all dtypes are held against the same
 def reference_point(arch: Arch, device: torch.device, batch: int, steps: int) -> Point:
     """Exact products of 256 probes, by forward mode in full float32."""
     pipe, last = build_pipeline(arch, device, "float32"), Guard().steps(steps)[-1]

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, unflagging
+from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, unflagging, unmeasurable
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.screening.loading import first_line
 
@@ -56,7 +56,7 @@ def overhead(bench: Bench) -> Iterator[Sequence[Case]]:
         try:
             parts["unet"] = prepare(bench.pipe.unet)
         except (ImportError, ValueError) as error:  # xformers is not installed, or does not know this GPU
-            yield [Case(name=kernel, pipe=bench.pipe, run=partial(_refuse, first_line(error)))]
+            yield [unmeasurable(kernel, bench.pipe, first_line(error))]
             continue
         plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         plain.set_progress_bar_config(disable=True)
@@ -71,7 +71,3 @@ def overhead(bench: Bench) -> Iterator[Sequence[Case]]:
 
 def _sample(pipe: Any, bench: Bench) -> None:
     pipe(**bench.call())
-
-
-def _refuse(reason: str) -> None:
-    raise RuntimeError(reason)

@@ -22,8 +22,9 @@ def result_line(bench: Bench, measured: Measured, baseline: Measured, ceiling: f
 
     `seconds` is the median of the runs, `seconds_quartiles` its spread, `ratio` the median over rounds of its time over
     the group's first case's, `lanes` and `flops` those of one run, and `ceiling_share` the operations a second over
-    `ceiling_flops`, a matrix product's of the same dtype. `peak_mib` holds the weights, `resident_mib` of which were
-    there before. What was not measured is null.
+    `ceiling_flops`, those of a matrix product of the same dtype. In float32 that share may exceed 1: a GPU rounds the
+    convolutions to ten bits unless torch is told otherwise, and the matrix product not. `peak_mib` holds the weights,
+    and all else that was there before (`resident_mib`). What was not measured is null.
 
     Args:
         bench: what it was measured with.

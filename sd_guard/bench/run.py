@@ -6,7 +6,7 @@ import gc
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from typing import Any, Final, get_args
 import torch
 
 from sd_guard.bench.architectures import build_pipeline
-from sd_guard.bench.base import Bench, Suite
+from sd_guard.bench.base import Bench, Case, Suite, unmeasurable
 from sd_guard.bench.jacobians import trace
 from sd_guard.bench.measuring import matmul_ceiling, measure_by_turns
 from sd_guard.bench.mitigation import mitigation
@@ -47,10 +47,13 @@ def plan_device(settings: BenchSettings) -> torch.device:
     if device.type == "cpu":
         settings.check_on_cpu()
     else:
+        device = torch.device("cuda", device.index or 0)
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} cannot be used ({first_line(error)}); use another") from error
+            raise ValueError(
+                f"--device {settings.device or device} cannot be used ({first_line(error)}); use another"
+            ) from error
     if settings.compile:
         there = find_spec("triton") if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
         if not there:
@@ -65,15 +68,17 @@ def run_bench(settings: BenchSettings, device: torch.device) -> Iterator[dict[st
     Args:
         settings: what is measured.
         device: as `plan_device` answers.
+
+    Raises:
+        ValueError: the model cannot be built.
     """
     where = provenance(device)
-    index = None if device.type == "cpu" else torch.device("cuda", device.index or 0)
-    current: AbstractContextManager[Any] = nullcontext() if index is None else torch.cuda.device(index)
+    current: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with current:
         for dtype in settings.dtypes or _default_dtypes(settings, device):
             ceiling = matmul_ceiling(device, getattr(torch, dtype))
             for batch in settings.batches or BATCHES[settings.suite]:
-                bench = Bench(settings, device, dtype, batch, build_pipeline(settings.arch, device, dtype))
+                bench = Bench(settings, device, dtype, batch, _build(settings, device, dtype))
                 for line in _measure(bench, ceiling):
                     line["provenance"] = where
                     if settings.out is not None:
@@ -82,15 +87,32 @@ def run_bench(settings: BenchSettings, device: torch.device) -> Iterator[dict[st
                     yield line
                 del bench
                 gc.collect()  # compiled modules and hooks hold pipelines in cycles
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def _build(settings: BenchSettings, device: torch.device, dtype: Dtype) -> Any:
+    try:
+        return build_pipeline(settings.arch, device, dtype)
+    except RuntimeError as error:  # out of memory
+        raise ValueError(f"--arch {settings.arch}: cannot be built in {dtype} ({first_line(error)})") from error
 
 
 def _measure(bench: Bench, ceiling: float) -> Iterator[dict[str, Any]]:
     settings = bench.settings
     path = None if settings.profile is None else partial(_trace_path, bench, settings.profile)
-    for cases in SUITES[settings.suite](bench):
+    for cases in _groups(bench):
         found = measure_by_turns(cases, bench.device, warmup=settings.warmup, repeats=settings.repeats, trace_path=path)
         for measured in found:
             yield result_line(bench, measured, found[0], ceiling)
+
+
+def _groups(bench: Bench) -> Iterator[Sequence[Case]]:
+    """A suite's groups; one that cannot be set up is a case that says why, and the last."""
+    try:
+        yield from SUITES[bench.settings.suite](bench)
+    except Exception as error:
+        yield [unmeasurable("set-up", bench.pipe, first_line(error))]
 
 
 def _default_dtypes(settings: BenchSettings, device: torch.device) -> tuple[Dtype, ...]:

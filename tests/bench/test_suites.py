@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from tiny import build, components
 
-from sd_guard.bench import jacobians, mitigation, overhead
-from sd_guard.bench.base import Bench
+from sd_guard.bench import jacobians, mitigation, overhead, run
+from sd_guard.bench.base import Bench, Case
 from sd_guard.bench.peers import peers
 from sd_guard.bench.settings import BenchSettings
 from sd_guard.guard import Guard
@@ -44,9 +44,25 @@ def test_a_kernel_that_is_not_installed_is_a_line_that_says_so(
 
     monkeypatch.setattr(overhead, "KERNELS", {"sage": missing, "sdpa": overhead.KERNELS["sdpa"]})
     lines = measure("overhead", steps=STEPS, batches=(1,))
-    assert lines["sage"]["failed"] == "RuntimeError: ModuleNotFoundError: No module named 'sage'"
+    assert lines["sage"]["failed"] == "ValueError: ModuleNotFoundError: No module named 'sage'"
     assert lines["sage"]["seconds"] is None
     assert lines["sdpa, unguarded"]["failed"] is None
+
+
+def test_a_suite_that_cannot_be_set_up_is_a_line_and_the_next_batch_is_measured(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_small(bench: Bench) -> Iterator[Sequence[Case]]:
+        if bench.batch > 1:
+            raise torch.OutOfMemoryError("too large")
+        yield [Case(name="small", pipe=bench.pipe, run=lambda: None)]
+
+    monkeypatch.setitem(run.SUITES, "screen", only_small)
+    lines = measure("screen", batches=(2, 1))
+    assert {case: line["failed"] for case, line in lines.items()} == {
+        "set-up 2": "ValueError: OutOfMemoryError: too large",
+        "small 1": None,
+    }
 
 
 def test_screen_is_held_to_the_same_calls_of_the_bare_unet(measure: Measure) -> None:
