@@ -45,7 +45,7 @@ def detection_table(result: dict[str, Any]) -> str:
     for place, name in enumerate(("first", "second")):
         looks = [sorted(result["looks"][question], key=lambda row: row["step"])[place] for question in asked]
         rows.append((f"**guard**, {name} look", f"{looks[0]['lanes']:.3g}", *map(cell, looks)))
-    for name in sorted(set(merits) - {"guard"}, key=lambda name: -merits[name]):
+    for name in sorted((name for name in merits if name != "guard"), key=lambda name: (-merits[name], name)):
         lanes = next(column[name]["lanes"] for column in columns if name in column)
         cells = [cell(column[name]) if name in column else "-" for column in columns]
         rows.append((name, f"{lanes:.3g}", *cells))

@@ -260,4 +260,5 @@ def many_rows(total: int, images: int) -> pa.Table:
         "attempts": [example["attempts"] if flag else [] for flag in flagged],
         "fingerprint": ["x"] * total,
     }
-    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SCHEMA}, schema=SCHEMA)
+    arrays = {field.name: pa.array(columns.get(field.name, [None] * total), field.type) for field in SCHEMA}
+    return pa.table(arrays, schema=SCHEMA)
