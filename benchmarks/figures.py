@@ -170,9 +170,10 @@ def figures() -> str:
             f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
             "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
             f"mean of 200 random halves: {conformal(load('conformal'))}.",
-            "*A second checkpoint* (v-prediction, linear betas, another world; `benchmarks/reference/second`, in no wheel), "
-            "same default. One thing was changed by looking at it: a plain picture counts as settled only by the detail "
-            "it has, since the second look had flagged 56 % of its plain images; the floor is the one that was there.",
+            "*A second checkpoint* (v-prediction, linear betas, another world; `benchmarks/reference/second`, in no "
+            "wheel), same default. One thing was changed by looking at it: a plain picture counts as settled only by "
+            "the detail it has, since the second look had flagged 56 % of its plain images; the floor is the one that "
+            "was there.",
             detection_table(unseen),
             f"With a higher AUROC than the guard by then: {above(unseen)}. Flagged: {flagged(unseen)}. Its templates "
             f"are only partly memorized: {percent(second['template_reproduced'])} are reproduced, and "
@@ -192,8 +193,8 @@ def figures() -> str:
             "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
             "that is flagged:",
             evasion_table(load("evasion")),
-            "*Time*, guarded over unguarded with nothing flagged, median (quartiles), measured before there was a second "
-            f"look, which costs no lanes: {speed}.",
+            "*Time*, guarded over unguarded with nothing flagged, median (quartiles), measured before there was a "
+            f"second look, which costs no lanes: {speed}.",
         )
     )
 
