@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from sd_guard.lanes import call_unet
 from sd_guard.noise import at_least_float32, interpret
 from sd_guard.statistics.base import Denoiser, Lane, StepCall
 from sd_guard.statistics.sharpness import added_detail
@@ -142,15 +143,7 @@ def statistic_of(call: StepCall, model: Denoiser) -> EmbedsFunction:
         rows = torch.ones(len(embeds), dtype=torch.int64, device=call.x.device)  # the second lane is the prompt's
         lanes = call.lanes.select(rows).with_prompt(embeds.to(call.lanes.prompt_embeds))
         x = call.x.expand(len(embeds), *call.x.shape[1:])
-        output = model.unet(  # not by `evaluate_lanes`, which records no gradient
-            x,
-            call.timestep,
-            encoder_hidden_states=lanes.prompt_embeds,
-            timestep_cond=lanes.timestep_cond,
-            cross_attention_kwargs=lanes.cross_attention_kwargs,
-            added_cond_kwargs=lanes.added,
-            return_dict=False,
-        )[0]
+        output = call_unet(model.unet, x, call.timestep, lanes)
         x0_hat = interpret(output, x, call.level, model.prediction_type).x0_hat
         return added_detail(x0_hat, control.expand_as(x0_hat))
 
