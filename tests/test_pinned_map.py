@@ -11,8 +11,6 @@ from PIL import Image
 from tiny import build, components, make_scheduler
 
 from sd_guard.attribution import (
-    ablation,
-    integrated_gradients,
     pinned_map,
 )
 from sd_guard.guard import Guard
@@ -26,7 +24,6 @@ from sd_guard.statistics.lid import estimate_trajectory_lid
 from sd_guard.trace import FiniteDifference, Hutchinson, RowSeeds
 
 needs_captum = pytest.mark.skipif(find_spec("captum") is None, reason="needs captum: pip install 'sd-guard[explain]'")
-BY_CAPTUM = pytest.param(ablation, marks=needs_captum), pytest.param(integrated_gradients, marks=needs_captum)
 ALPHAS = make_scheduler("ddim").alphas_cumprod.double()
 TIMESTEP = 700
 LEVEL = NoiseLevel.from_alpha_bar(float(ALPHAS[TIMESTEP]))
