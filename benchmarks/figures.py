@@ -193,8 +193,7 @@ def figures() -> str:
             "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
             "that is flagged:",
             evasion_table(load("evasion")),
-            "*Time*, guarded over unguarded with nothing flagged, median (quartiles), measured before there was a "
-            f"second look, which costs no lanes: {speed}.",
+            f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed}.",
         )
     )
 
