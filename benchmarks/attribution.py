@@ -49,7 +49,7 @@ def named(pipe: Any, rows: list[PromptTruth]) -> dict[str, float]:
 def placed(pipe: Any, rows: list[PromptTruth], folder: Path) -> dict[str, dict[str, float]]:
     """AUROC of the map at each look: over all images together, and the mean of each image's own."""
     guard, found = Guard(), {}
-    looks = [guard.steps(STEPS)[-1], guard.last_step(STEPS)]
+    looks = [guard.steps(STEPS)[-1], *guard.later_steps(STEPS)]
     model = denoiser_of(pipe, range(FIRST_SEED, FIRST_SEED + len(rows)))
     for call in walk(pipe, [row["prompt"] for row in rows], model.seeds, steps=STEPS):
         if call.step in looks:

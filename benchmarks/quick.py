@@ -208,7 +208,7 @@ def with_sampling(way: dict[str, Any], measured: Measured, *, lanes: int) -> dic
 
 def sample(pipe: Any, rows: list[PromptTruth], guard: Guard, *, num_inference_steps: int) -> Measured:
     """Records of guarded calls that end at the first decision."""
-    pipe.enable_guard(replace(guard, look_again_at=None))
+    pipe.enable_guard(replace(guard, look_again_at=()))
     prompts = [row["prompt"] for row in rows]
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": MODEL.guidance_scale}
     table: Table = []

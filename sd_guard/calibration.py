@@ -61,7 +61,7 @@ class Calibration:
     false_positive_rate: float
     images: int
     observe_at: tuple[float, ...]
-    look_again_at: float | None
+    look_again_at: tuple[float, ...]
     probes: int
     thresholds: Mapping[int, float]
     detector: Mapping[str, Any]
@@ -111,7 +111,10 @@ class Calibration:
             thresholds = {int(step): float(value) for step, value in content.pop("thresholds").items()}
             if not thresholds or any(map(math.isnan, thresholds.values())):  # no score exceeds a NaN: all would pass
                 raise ValueError("no thresholds")
-            lists = {name: tuple(float(x) for x in content.pop(name)) for name in ("observe_at", "benign_scores")}
+            lists = {
+                name: tuple(float(x) for x in content.pop(name))
+                for name in ("observe_at", "look_again_at", "benign_scores")
+            }
             detector = {name: tuple(v) if isinstance(v, list) else v for name, v in content.pop("detector").items()}
             return cls(fingerprint=fingerprint, thresholds=thresholds, detector=detector, **lists, **content)
         except OSError as error:
@@ -127,7 +130,7 @@ class Calibrator:
     """Takes the records of benign images, and of memorized ones where some are known, and yields a calibration.
 
     Records of `sd-guard calibrate`, or of a guard with `max_attempts=0`, have all looks of every image. An image that
-    was changed before the second look counts with the score it was flagged by.
+    was changed before the last look counts with the score it was flagged by.
 
     Attributes:
         guard: that scored them.
@@ -270,9 +273,9 @@ def _scores(detector: Detector, trajectories: Iterable[Trajectory], step: int) -
 
 
 def _score(detector: Detector, seen: Trajectory) -> float:
-    """Of one image; the second look, which one that was changed before has none of, is told by what it holds."""
-    later = next((look for look in seen if "persistence" in look.values), None)
-    return float(detector.score([look for look in seen if look is not later], later)[0])
+    """Of one image; later looks, which one that was changed before has none of, are told by what they hold."""
+    later = [look for look in seen if "excess_persistence" in look.values]
+    return float(detector.score([look for look in seen if "excess_persistence" not in look.values], later)[0])
 
 
 def scoring_of(detector: Detector) -> dict[str, Any]:

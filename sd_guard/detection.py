@@ -23,10 +23,10 @@ class Detector(Protocol):
         """Scores above it are flagged."""
         ...
 
-    def score(self, observations: Sequence[Observation], later: Observation | None = None) -> Tensor:
-        """(B,) scores from the observations of a trajectory's steps, in their order, and from a second look.
+    def score(self, observations: Sequence[Observation], later: Sequence[Observation] = ()) -> Tensor:
+        """(B,) scores from the observations of a trajectory's steps, in their order, and from later looks.
 
-        The second look may raise a score and never lowers it: an image that was flagged is not waiting to be acquitted,
+        A later look may raise a score and never lowers it: an image that was flagged is not waiting to be acquitted,
         and one threshold bounds the false positives of all looks together.
         """
         ...
@@ -51,9 +51,9 @@ class PrematureDetail:
     needs no calibration. The free part is the mean over steps of the log of the detail that the prompt adds, over the
     detail without it (`added_detail`). Where it is in doubt, probes add
     `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
-    nor the probes, so that scores stay exchangeable when a calibration moves the threshold. A later look at the same
-    trajectory adds `persistence_weight` times what the picture's `persistence` exceeds `ordinary_persistence` by: faint
-    and almost plain memories add little detail, but they are settled. The numbers were chosen on `tune` rows of the
+    nor the probes, so that scores stay exchangeable when a calibration moves the threshold. Later looks at the same
+    trajectory add `persistence_weight` times the largest `excess_persistence`: faint and almost plain memories add
+    little detail, but they are settled. The numbers were chosen on `tune` rows of the
     bundled reference checkpoint.
 
     Attributes:
@@ -61,8 +61,7 @@ class PrematureDetail:
         doubt: the free part, lowest and highest, between which an image is probed.
         lid_weight: weight of the LID deficit, a share of the latent dimension.
         ordinary_deficit: the share that speaks for neither side.
-        persistence_weight: weight of the persistence, at least 0.
-        ordinary_persistence: in [-1, 1], up to which it says nothing.
+        persistence_weight: weight of the excess persistence, where it is positive; at least 0.
 
     Raises:
         ValueError: a threshold that is NaN, or a weight by which a later look could lower a score.
@@ -73,7 +72,6 @@ class PrematureDetail:
     lid_weight: float = 10.0
     ordinary_deficit: float = 0.005
     persistence_weight: float = 8.0
-    ordinary_persistence: float = 0.8
 
     def __post_init__(self) -> None:
         """Refuses a threshold that every score would pass."""
@@ -82,16 +80,16 @@ class PrematureDetail:
         if not self.persistence_weight >= 0:
             raise ValueError(f"persistence_weight={self.persistence_weight} is negative; 0 takes no later look")
 
-    def score(self, observations: Sequence[Observation], later: Observation | None = None) -> Tensor:
+    def score(self, observations: Sequence[Observation], later: Sequence[Observation] = ()) -> Tensor:
         """(B,) scores."""
         score, last = self._added(observations), observations[-1]
         if last.probed:
             closed = (last.values["trajectory_lid_control"] - last.values["trajectory_lid"]) / last.dimension
             rows = torch.tensor(last.probed, device=score.device)
             score = score.index_add(0, rows, self.lid_weight * (closed - self.ordinary_deficit)[rows])
-        if later is not None:
-            settled = later.values["persistence"] - self.ordinary_persistence
-            score = score + self.persistence_weight * settled.clamp(min=0.0)
+        if later:
+            most = torch.stack([look.values["excess_persistence"] for look in later]).amax(0)
+            score = score + self.persistence_weight * most.clamp(min=0.0)
         return score
 
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:

@@ -68,8 +68,8 @@ class Guard:
 
     Attributes:
         observe_at: shares of the schedule in [0, 1) whose steps give the free statistics; the last one decides.
-        look_again_at: share of the schedule, in [0, 1), whose step looks again at what was not flagged, and at what was
-            rescued; None, or a step that is not later than the deciding one, decides once and for all.
+        look_again_at: shares of the schedule, in [0, 1), whose steps look again at what was not flagged, and at what
+            was rescued, as far as they are later than the deciding one; none decide once and for all.
         probes: Rademacher vectors that an image in doubt gets at the deciding step, two lanes each.
         detector: scores a trajectory.
         plan: mitigations, in the order of escalation.
@@ -78,7 +78,7 @@ class Guard:
     """
 
     observe_at: tuple[float, ...] = (0.02, 0.04, 0.06)
-    look_again_at: float | None = 0.5
+    look_again_at: tuple[float, ...] = (0.4, 0.5, 0.98)
     probes: int = 2
     detector: Detector = field(default_factory=PrematureDetail)
     plan: Sequence[Mitigation] = (WordAblation(), EmbeddingNoise(strengths=(3.0,)))
@@ -87,10 +87,12 @@ class Guard:
 
     def __post_init__(self) -> None:
         """Refuses settings that no run could use."""
-        if not self.observe_at or not all(0 <= share < 1 for share in self.observe_at):
-            raise ValueError(f"observe_at={self.observe_at} must hold shares of the schedule in [0, 1), at least one")
-        if self.look_again_at is not None and not 0 <= self.look_again_at < 1:
-            raise ValueError(f"look_again_at={self.look_again_at} is no share in [0, 1); None decides once and for all")
+        if not self.observe_at or not _are_shares(self.observe_at):
+            raise ValueError(f"observe_at={self.observe_at} must be a tuple of shares in [0, 1), at least one")
+        if not _are_shares(self.look_again_at):
+            raise ValueError(
+                f"look_again_at={self.look_again_at} must be a tuple of shares in [0, 1); () decides once and for all"
+            )
         if self.probes < 0:
             raise ValueError(f"probes={self.probes} is negative; 0 decides by the free statistics alone")
 
@@ -102,14 +104,18 @@ class Guard:
         """Steps to observe, ascending, of a schedule of `count` timesteps."""
         return sorted({step_at(share, count) for share in self.observe_at})
 
-    def second_look(self, count: int) -> int | None:
-        """The step that looks again; None where there is none after the deciding one."""
-        step = None if self.look_again_at is None else step_at(self.look_again_at, count)
-        return step if step is not None and step > self.steps(count)[-1] else None
+    def later_steps(self, count: int) -> list[int]:
+        """Steps that look again, ascending, all after the deciding one."""
+        deciding = self.steps(count)[-1]
+        return sorted({step for share in self.look_again_at if (step := step_at(share, count)) > deciding})
 
     def last_step(self, count: int) -> int:
         """The last step that anything is looked at."""
-        return self.second_look(count) or self.steps(count)[-1]
+        return [*self.steps(count), *self.later_steps(count)][-1]
+
+
+def _are_shares(values: Any) -> bool:
+    return isinstance(values, tuple) and all(isinstance(share, int | float) and 0 <= share < 1 for share in values)
 
 
 def step_at(share: float, count: int) -> int:

@@ -18,7 +18,7 @@ from sd_guard.noise import Prediction, PredictionType, interpret
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import probe_products, trajectory_lid
-from sd_guard.statistics.sharpness import added_detail, detail, persistence
+from sd_guard.statistics.sharpness import added_detail, detail, excess_persistence
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
 # name -> (point, lane) of every statistic an observation can hold
@@ -28,7 +28,7 @@ STATISTICS: Mapping[str, tuple[str, str]] = {
     "cfg_norm": ("noisy", "conditional-control"),
     "trajectory_lid": ("noisy", "conditional"),
     "trajectory_lid_control": ("noisy", "control"),
-    "persistence": ("noisy", "conditional"),  # since the deciding step
+    "excess_persistence": ("noisy", "conditional"),  # since the deciding step
 }
 PROBED = ("trajectory_lid", "trajectory_lid_control")  # those that cost lanes
 
@@ -116,7 +116,7 @@ def look_again(call: StepCall, prediction_type: PredictionType, then: Tensor) ->
         then: (B, C, H, W) predicted images at the deciding step, of the same trajectories.
     """
     now = interpret(call.conditional, call.x, call.level, prediction_type).x0_hat
-    values = {"persistence": persistence(then, now)}
+    values = {"excess_persistence": excess_persistence(then, now, call.level)}
     return Observation(call.step, call.x[0].numel(), values, (0,) * call.x.shape[0], x0_hat=now)
 
 

@@ -236,14 +236,14 @@ def test_twice_as_many_benign_images_where_memorized_ones_choose() -> None:
 
 SCORING = {
     **{"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009},
-    **{"persistence_weight": 5.0, "ordinary_persistence": 0.9},
+    "persistence_weight": 5.0,
 }
 CALIBRATION = Calibration(
     fingerprint=FINGERPRINT,
     false_positive_rate=0.1,
     images=20,
     observe_at=(0.1, 0.3),
-    look_again_at=0.4,
+    look_again_at=(0.4,),
     probes=2,
     thresholds={5: 1.0, 15: -0.25},
     detector=SCORING,
@@ -256,7 +256,7 @@ def test_calibrated_guard() -> None:
     own = Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5, doubt=(0.1, 0.3)), probes=7, seed=3)
     guard = CALIBRATION.apply(own)
     assert guard.detector == PrematureDetail(threshold=-0.25, **SCORING)
-    assert (guard.observe_at, guard.look_again_at, guard.probes, guard.seed) == ((0.1, 0.3), 0.4, 2, 3)
+    assert (guard.observe_at, guard.look_again_at, guard.probes, guard.seed) == ((0.1, 0.3), (0.4,), 2, 3)
 
 
 def test_records_of_another_configuration() -> None:

@@ -31,7 +31,7 @@ from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.sharpness import CONTROL_FLOOR, added_detail, detail, log_detail_ratio
 
 SCHEDULE = DDIMScheduler(**TRAINING)
-AT_ONCE = set(STATISTICS) - {"persistence"}  # what one step shows; the rest needs a later one
+AT_ONCE = set(STATISTICS) - {"excess_persistence"}  # what one step shows; the rest needs a later one
 SHAPE, D = (4, 6, 6), 144
 
 

@@ -196,7 +196,7 @@ class DetailRatio:
     threshold: float
     doubt: tuple[float, float] = NOBODY
 
-    def score(self, observations: Sequence[Observation], later: Observation | None = None) -> torch.Tensor:
+    def score(self, observations: Sequence[Observation], later: Sequence[Observation] = ()) -> torch.Tensor:
         return torch.stack([seen.values["added_detail"] for seen in observations]).mean(0)
 
     def in_doubt(self, observations: Sequence[Observation]) -> torch.Tensor:
@@ -207,8 +207,13 @@ class DetailRatio:
 def watching(
     threshold: float = math.inf, plan: Any = (Forget(),), *, doubt: tuple[float, float] = NOBODY, **options: Any
 ) -> Guard:
-    """A guard that looks at two steps, decides in the middle of sampling, and flags above `threshold`."""
-    options = {"observe_at": (0.2, 0.5), "probes": 1, "detector": DetailRatio(threshold, doubt)} | options
+    """A guard that looks at two steps, decides once and in the middle of sampling, and flags above `threshold`."""
+    options = {
+        "observe_at": (0.2, 0.5),
+        "look_again_at": (),
+        "probes": 1,
+        "detector": DetailRatio(threshold, doubt),
+    } | options
     policy = Policy(margin=0.0, max_resemblance=1.0)  # on random weights all predictions look alike
     return Guard(plan=plan, policy=policy, **options)
 

@@ -64,7 +64,7 @@ def quick_depth(bench: Bench) -> Callable[[], object]:
 def first_decision(bench: Bench, images: int) -> list[float]:
     """Scores at the guard's deciding step, with probes for every image."""
     seeds, guard, steps = range(images), unflagging(EVERYBODY), bench.settings.steps
-    watching = Watching(guard, denoiser_of(bench.pipe, seeds), guard.steps(steps), None)
+    watching = Watching(guard, denoiser_of(bench.pipe, seeds), guard.steps(steps), [])
     for call in walk(bench.pipe, prompts(1) * images, seeds, steps=steps):
         if (decided := watching.watch(call)) is not None:
             return decided[0]

@@ -98,12 +98,12 @@ class _Plan:
     seeded: Mapping[int, Sequence[SeedStatistic]]
     guard: Guard | None
     watched: list[int]
-    second_look: int | None
+    later_steps: list[int]
 
     @property
     def last(self) -> int:
         """The last step that anything is measured at."""
-        return max([*self.single, *self.seeded, *self.watched, self.second_look or 0])
+        return max([*self.single, *self.seeded, *self.watched, *self.later_steps])
 
 
 def collect(
@@ -222,7 +222,7 @@ def _plan(
         seeded=by_step(seed_statistics),
         guard=guard,
         watched=guard.steps(count) if guard is not None else [],
-        second_look=guard.second_look(count) if guard is not None else None,
+        later_steps=guard.later_steps(count) if guard is not None else [],
     )
 
 
@@ -235,7 +235,7 @@ def _measure(pipe: Any, images: Sequence[_Image], plan: _Plan, seeds: int) -> It
         own_seeds = [image.seed for image in batch]
         model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64 for seed in own_seeds])
         prompts = [image.row.prompt for image in batch]
-        watching = Watching(plan.guard, model, plan.watched, plan.second_look) if plan.guard is not None else None
+        watching = Watching(plan.guard, model, plan.watched, plan.later_steps) if plan.guard is not None else None
         watched = 0.0
         for call in walk(pipe, prompts, own_seeds, steps=plan.steps, guidance_scale=plan.guidance_scale):
             if watching is not None:

@@ -30,12 +30,14 @@ class Rescue:
         change: that did it.
         resumed: the trajectory, of `index`-th image.
         index: within `resumed`.
+        later: its later looks, in `resumed` and in the host's loop.
     """
 
     row: int
     change: Change
     resumed: Resumed
     index: int
+    later: list[Observation]
 
 
 @dataclass(slots=True)
@@ -148,8 +150,9 @@ class Escalation:
         rest = self.walk.cost(resumed.step, self._steps if own else len(self.walk.scales))
         resumed.observations, scores = decide(detector, resumed.observations, partial(self._probe, rows, resumed, rest))
         seen = self._compare(rows, resumed, scores)
-        # In a loop of its own: to the second look, and what passes that to the end.
-        for stop in ((self.watch.second_look or 0) + 1, self._steps) if own else (len(self.walk.scales),):
+        until = self._steps if own else len(self.walk.scales)
+        looks = [step + 1 for step in self.watch.later_steps if step + 1 < until]
+        for stop in (*looks, until):  # what passes a look goes on to the next
             if resumed.step < stop and all(policy.accepts(*look) for look in seen):
                 self._go_on(rows, resumed, stop, 0)
                 seen = self._compare(rows, resumed, detector.score(resumed.observations, resumed.later).tolist())
@@ -160,7 +163,8 @@ class Escalation:
             attempt = Attempt(change.mitigation, change.strength, start.step, score, near, passed, change.prompt)
             self.cases[row].close(attempt)
             if passed:
-                rescued.append(Rescue(row, change, resumed, index))
+                later = [look.select([index]) for look in resumed.later]
+                rescued.append(Rescue(row, change, resumed, index, later))
         return rescued
 
     def _go_on(self, rows: list[int], resumed: Resumed, until: int, controls: int) -> None:
@@ -171,8 +175,9 @@ class Escalation:
 
     def _compare(self, rows: list[int], resumed: Resumed, scores: list[float]) -> list[tuple[float, float, float]]:
         """What the policy accepts by: score, threshold, and resemblance to the flagged picture, of each image."""
-        looks = [resumed.later] if resumed.later else resumed.observations
-        alike = resemblance(predicted_image(looks), predicted_image(self.observations)[rows]).tolist()
+        alike = resemblance(
+            predicted_image([*resumed.observations, *resumed.later]), predicted_image(self.observations)[rows]
+        ).tolist()
         return [(score, self.guard.detector.threshold, near) for score, near in zip(scores, alike, strict=True)]
 
     def _probe(self, rows: list[int], resumed: Resumed, rest: int, doubtful: Sequence[int]) -> Observation:

@@ -28,7 +28,7 @@ class Explanation:
         step: the one that decided, an index into the schedule.
         count: steps of the schedule.
         words: shares of the words.
-        shown: the step of the last look, where the image and the places are read.
+        shown: the step of the first later look, where the image and the places are read.
         image: (3, h, w) the image that is predicted there, in [0, 1].
         left_open: (H, W) share of the directions of a place left open, with the prompt.
         left_open_without: (H, W) without it.
@@ -51,8 +51,8 @@ def look(
 ) -> Explanation:
     """Samples up to the guard's last look, and attributes what it saw.
 
-    Words are those of the observed steps; places are read at the last look, since the local LID falls to 0 everywhere
-    where the noise is high.
+    Words are those of the observed steps; places are read at the first later look, since the local LID falls to 0
+    everywhere where the noise is high.
 
     Args:
         pipe: a `GuardedStableDiffusionPipeline` with its guard on.
@@ -70,11 +70,12 @@ def look(
     count = len(scheduler.timesteps)
     guard = pipe.guard
     model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64])  # the probes that the guard would draw
-    watching, text = Watching(guard, model, guard.steps(count), guard.second_look(count)), read_text(pipe, prompt)
+    watching, text = Watching(guard, model, guard.steps(count), guard.later_steps(count)), read_text(pipe, prompt)
+    places = (*watching.later_steps, watching.steps[-1])[0]
     calls: list[StepCall] = []
     score, threshold, step, verdict = 0.0, guard.detector.threshold, 0, None
     for call in walk(pipe, [prompt], [seed], steps=steps, guidance_scale=guidance_scale):
-        if call.step in watching.steps or call.step == guard.last_step(count):
+        if call.step in (*watching.steps, places):
             calls.append(call)
         if (decided := watching.watch(call)) is not None and verdict != "flag":
             score, step = decided[0][0], call.step

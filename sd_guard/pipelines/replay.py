@@ -70,13 +70,13 @@ class Watch:
 
     Attributes:
         steps: observed; the last decides.
-        second_look: the later step that looks again; None without.
+        later_steps: that look again.
         probes: that an image in doubt may get at the deciding step.
         seeds: of them, one an image.
     """
 
     steps: Sequence[int]
-    second_look: int | None
+    later_steps: Sequence[int]
     probes: int
     seeds: Sequence[int]
 
@@ -106,7 +106,7 @@ class Resumed:
         step: the next to be made.
         observations: free statistics; before the step that was resumed, those of the host's trajectory.
         last: the UNet call of the last observed step.
-        later: the second look.
+        later: looks after the deciding one.
         cfg_norms: as of `Guidance.scale`.
     """
 
@@ -123,7 +123,7 @@ class Resumed:
     step: int
     observations: list[Observation]
     last: StepCall | None = None
-    later: Observation | None = None
+    later: list[Observation] = field(default_factory=list)
     cfg_norms: list[float] = field(default_factory=list)
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Resumed:
             x = self.scheduler.scale_model_input(
                 self.latents if scale is None else torch.cat([self.latents] * 2), timestep
             )
-            looked = self.step in self.watch.steps or self.step == self.watch.second_look
+            looked = self.step in (*self.watch.steps, *self.watch.later_steps)
             guidance = self.changes[0].guidance
             level = read_level(self.scheduler, timestep) if looked or guidance is not None else None
             output = evaluate_lanes(self.pipe.unet, x, timestep, now)
@@ -157,8 +157,8 @@ class Resumed:
             self.step += 1
 
     def _look(self, call: StepCall, kind: PredictionType) -> None:
-        if call.step == self.watch.second_look:
-            self.later = look_again(call, kind, predicted_image(self.observations))
+        if call.step in self.watch.later_steps:
+            self.later.append(look_again(call, kind, predicted_image(self.observations)))
         else:
             self.last = with_control(call, self.pipe.unet)
             self.observations.append(observe(self.last, kind))

@@ -48,6 +48,7 @@ class Session:
     snapshots: dict[int, Start] = field(default_factory=dict)  # by step
     watch: Watch | None = None
     walk: Walk | None = None  # so far
+    timesteps: Sequence[float] = ()
     level: NoiseLevel | None = None  # of the next step, where that is observed
     empty_embeds: Tensor | None = None
     cases: list[Case] = field(default_factory=list)
@@ -56,17 +57,18 @@ class Session:
     rescued: list[Rescue] = field(default_factory=list)  # in the host's loop
     finished: list[Rescue] = field(default_factory=list)  # in a loop of their own
     escalation: Escalation | None = None
-    later: Observation | None = None  # of the second look, and the rows that were no longer what had been flagged
-    changed: frozenset[int] = frozenset()
-    replaced_at: dict[int, int] = field(default_factory=dict)  # row -> the step at whose end its trajectory was changed
+    later: list[Observation] = field(default_factory=list)  # looks after the deciding one
+    own_until: dict[int, int] = field(default_factory=dict)  # row -> the last step of its trajectory before any change
+    replaced_at: dict[int, int] = field(default_factory=dict)  # row -> the step at whose end it was changed last
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
         count = len(pipe.scheduler.timesteps)
         steps = self.guard.steps(count)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
-        self.watch = Watch(steps, self.guard.second_look(count), self.guard.probes, seeds)
+        self.watch = Watch(steps, self.guard.later_steps(count), self.guard.probes, seeds)
         self._keep(pipe, 0, latents)
+        self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
         self._read_level(pipe, 0)
 
     def before_step(self, pipe: Any, step: int, latents: Tensor) -> None:
@@ -85,7 +87,7 @@ class Session:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
                 call = self._read_call(step, timestep, tensors, lanes, self.level)
-                if step == self.watch.second_look:
+                if step in self.watch.later_steps:
                     tensors = self._look_again(pipe, call, tensors)
                 else:
                     call = with_control(call, pipe.unet)
@@ -146,16 +148,18 @@ class Session:
         pictures = memory.clone()
         for rescue in self.rescued:
             pictures[rescue.row] = predicted_image(rescue.resumed.observations)[rescue.index]
-        later = look_again(call, prediction_type(pipe), pictures)
-        for row, score in enumerate(detector.score(self.observations, later).tolist()):
-            self.cases[row].look_again(verdict_of(score, detector.threshold), score, call.step)
+        look = look_again(call, prediction_type(pipe), pictures)
+        self.later.append(look)
+        for row, score in enumerate(detector.score(self.observations, self.later).tolist()):
+            if row not in self.own_until:
+                self.cases[row].look_again(verdict_of(score, detector.threshold), score, call.step)
         for rescue in self.rescued:
+            rescue.later.append(look.select([rescue.row]))
             seen = [seen.select([rescue.index]) for seen in rescue.resumed.observations]
-            score = float(detector.score(seen, later.select([rescue.row])))
-            near = float(resemblance(predicted_image([later])[rescue.row][None], memory[rescue.row][None]))
-            if not policy.accepts(score, detector.threshold, near):
+            score = float(detector.score(seen, rescue.later))
+            near = float(resemblance(predicted_image(rescue.later), memory[rescue.row][None]))
+            if self.cases[rescue.row].rescued and not policy.accepts(score, detector.threshold, near):
                 self.cases[rescue.row].reopen(score, near)
-        self.later, self.changed = later, frozenset(self.replaced_at)
         return self._resolve(pipe, call.step, tensors)
 
     def _resolve(self, pipe: Any, step: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +202,7 @@ class Session:
         tensors = {**tensors, "latents": latents.index_copy(0, row, rescue.resumed.latents[one])}
         self.rescued.append(rescue)
         self.replaced_at[rescue.row] = step
+        self.own_until.setdefault(rescue.row, step)
         return tensors
 
     def _write_texts(self, tensors: dict[str, Any], step: int, count: int) -> dict[str, Any]:
@@ -253,12 +258,12 @@ class Session:
 
     def _read_level(self, pipe: Any, step: int) -> None:
         """Reads the level that the host will make step `step` at, while the scheduler stands before it."""
-        observed = self.watch is not None and (step in self.watch.steps or step == self.watch.second_look)
-        self.level = read_level(pipe.scheduler, pipe.scheduler.timesteps[step]) if observed else None
+        observed = self.watch is not None and step in (*self.watch.steps, *self.watch.later_steps)
+        self.level = read_level(pipe.scheduler, self.timesteps[step]) if observed else None
 
     def records(self, images: int) -> list[GuardRecord]:
         """One record an image, in the order of the batch."""
-        looks = [*self.observations, *([self.later] if self.later else [])]
+        looks = [*self.observations, *self.later]
         table = [(seen, {name: value.tolist() for name, value in seen.values.items()}) for seen in looks]
         if self.cases:
             return [self._record(row, case, table) for row, case in enumerate(self.cases)]
@@ -279,7 +284,7 @@ class Session:
                 StatisticValue(seen.step, name, *STATISTICS[name], values[row])
                 for seen, measured in table
                 for name, values in measured.items()
-                if (name not in PROBED or row in seen.probed) and not (seen is self.later and row in self.changed)
+                if (name not in PROBED or row in seen.probed) and seen.step <= self.own_until.get(row, seen.step)
             ),
             attempts=tuple(case.attempts),
             extra_lanes=case.lanes,

@@ -19,22 +19,24 @@ class Watching:
         guard: whose steps, probes and detector are used.
         model: behind the trajectory.
         steps: to observe, of the sampler's; the last decides.
-        second_look: the step that looks again; None without.
+        later_steps: steps that look again.
         seen: so far.
+        later: looks so far.
     """
 
     guard: Guard
     model: Denoiser
     steps: list[int]
-    second_look: int | None
+    later_steps: list[int]
     seen: list[Observation] = field(default_factory=list)
+    later: list[Observation] = field(default_factory=list)
 
     def watch(self, call: StepCall) -> tuple[list[float], tuple[int, ...]] | None:
-        """Looks at a step; at the deciding one and the second look, (B,) scores and the lanes spent on each image."""
+        """Looks at a step; at the deciding one and the later ones, (B,) scores and the lanes spent on each image."""
         model, guard = self.model, self.guard
-        if call.step == self.second_look:
-            later = look_again(call, model.prediction_type, predicted_image(self.seen))
-            return guard.detector.score(self.seen, later).tolist(), lanes_of(self.seen)
+        if call.step in self.later_steps:
+            self.later.append(look_again(call, model.prediction_type, predicted_image(self.seen)))
+            return guard.detector.score(self.seen, self.later).tolist(), lanes_of(self.seen)
         if call.step not in self.steps:
             return None
         self.seen.append(observe(call, model.prediction_type))

@@ -47,7 +47,7 @@ from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 # Chosen on `tune` rows of the bundled checkpoint, each at 24 seeds: the level by AUROC and lanes, the range of doubt as
 # the narrowest that loses nothing, the threshold as the least that at most 1 % of the benign images exceed, rounded up.
 QUICK: Final = Guard(
-    observe_at=(0.06,), look_again_at=None, probes=1, detector=PrematureDetail(threshold=0.6, doubt=(0.4, 0.9))
+    observe_at=(0.06,), look_again_at=(), probes=1, detector=PrematureDetail(threshold=0.6, doubt=(0.4, 0.9))
 )
 FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
 KEPT_SEEDS: Final = 8  # whose controls are kept from one batch to the next

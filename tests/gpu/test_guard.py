@@ -57,7 +57,7 @@ def scores(records: list[GuardRecord]) -> Tensor:
 def look(device: str, dtype: str) -> tuple[Tensor, list[Observation]]:
     """Scores and observations of all prompts at the deciding step of fifty, each with probes."""
     pipe, guard, seeds = on(device, dtype), unflagging(EVERYBODY), range(len(rows()))
-    watching = Watching(guard, denoiser_of(pipe, seeds), guard.steps(50), None)
+    watching = Watching(guard, denoiser_of(pipe, seeds), guard.steps(50), [])
     for call in walk(pipe, rows(), seeds, steps=50):
         if (decided := watching.watch(call)) is not None:
             return torch.tensor(decided[0]), watching.seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ class DetailThere:
 
     threshold: float = 0.4
 
-    def score(self, observations: Any, later: Observation | None = None) -> Tensor:
+    def score(self, observations: Any, later: Sequence[Observation] = ()) -> Tensor:
         return observations[-1].values["detail"]
 
     def in_doubt(self, observations: Any) -> Tensor:
@@ -79,7 +80,7 @@ def mixture_pipeline(parts: dict[str, Any], *plan: Any) -> GuardedStableDiffusio
     unet = MixtureUnet(parts["unet"], host.scheduler.alphas_cumprod, empty, ids.index(host.tokenizer.eos_token_id))
     pipe = build(GuardedStableDiffusionPipeline, {**parts, "unet": unet})
     policy = Policy(budget=1000, max_attempts=9, max_resemblance=0.6)
-    looks: dict[str, Any] = {"observe_at": (0.1, 0.2, 0.3), "look_again_at": None, "probes": 0}
+    looks: dict[str, Any] = {"observe_at": (0.1, 0.2, 0.3), "look_again_at": (), "probes": 0}
     pipe.enable_guard(Guard(plan=plan, detector=DetailThere(), policy=policy, **looks))
     return pipe
 

@@ -114,7 +114,7 @@ class FlagsTwo:
 
     threshold: float = 0.5
 
-    def score(self, observations: Any, later: Any = None) -> Tensor:
+    def score(self, observations: Any, later: Any = ()) -> Tensor:
         return torch.tensor([1.0, 0.0])[2 - len(observations[0].values["detail"]) :]
 
     def in_doubt(self, observations: Any) -> Tensor:
@@ -128,7 +128,7 @@ def test_it_samples_as_with_the_memorized_prompt_for_a_negative_one(parts: dict[
     pipe: Any = build(GuardedStableDiffusionPipeline, parts, scheduler)
     plain = pipe(prompts, **arguments, generator=seeded(1, 2)).images
     plan = (PromptReanchoring(rewriter=Deletion()),)
-    pipe.enable_guard(watching(plan=plan, detector=FlagsTwo(), look_again_at=None), budget=100)
+    pipe.enable_guard(watching(plan=plan, detector=FlagsTwo(), look_again_at=()), budget=100)
     with CountLanes(pipe.unet) as count:
         output = pipe(prompts, **arguments, generator=seeded(1, 2))
     record = output.records[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from sd_guard.observation import Observation
 
 ROW, OTHERS = 1, [0, 2]  # the image that is flagged, and its neighbours
 SCALE = 7.5  # of the host's call
-LOOKS = {"observe_at": (0.2, 0.5), "look_again_at": None}  # steps 1 and 3 of 6
+LOOKS = {"observe_at": (0.2, 0.5), "look_again_at": ()}  # steps 1 and 3 of 6
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Flag:
     resumed: tuple[float, float] = (0.0, 0.0)
     threshold: float = 0.5
 
-    def score(self, observations: Any, later: Observation | None = None) -> torch.Tensor:
+    def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
         images = len(observations[0].values["detail"])
         if images < len(PROMPTS):
-            return torch.full((images,), self.resumed[later is not None])
+            return torch.full((images,), self.resumed[bool(later)])
         return torch.eye(images)[ROW]
 
     def in_doubt(self, observations: Any) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_an_attempt_that_fails_at_the_deciding_step_is_not_walked_on(guarded: An
 @pytest.mark.parametrize(("later", "outcome", "lanes"), [(0.0, "rescued", 12), (1.0, "blocked", 10)])
 def test_the_second_look_is_the_own_loops(guarded: Any, later: float, outcome: str, lanes: int) -> None:
     """It comes before the host's, and what fails it there is not sampled to the end."""
-    guard = changing(Own({"guidance": Constant(1.0)}), resumed=(0.0, later), look_again_at=0.7)
+    guard = changing(Own({"guidance": Constant(1.0)}), resumed=(0.0, later), look_again_at=(0.7,))
     record = latents_of(guarded(guard))[0].records[ROW]
     assert (record.outcome, record.extra_lanes) == (outcome, lanes)
     assert [attempt.score for attempt in record.attempts] == [later]
@@ -230,13 +230,15 @@ def test_the_second_look_is_the_own_loops(guarded: Any, later: float, outcome: s
 class FlagLate(Flag):
     """Flags at the second look."""
 
-    def score(self, observations: Any, later: Observation | None = None) -> torch.Tensor:
+    def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
         scores = Flag.score(self, observations, later)
-        return scores if later is not None else torch.zeros_like(scores)
+        return scores if later else torch.zeros_like(scores)
 
 
 def test_what_is_flagged_late_is_sampled_to_the_end_as_well(guarded: Any, plain: Any) -> None:
-    guard = watching(plan=(Own({"guidance": Constant(1.5)}),), detector=FlagLate(), **(LOOKS | {"look_again_at": 0.7}))
+    guard = watching(
+        plan=(Own({"guidance": Constant(1.5)}),), detector=FlagLate(), **(LOOKS | {"look_again_at": (0.7,)})
+    )
     output, _ = latents_of(guarded(guard))
     record = output.records[ROW]
     assert (record.outcome, record.decided_at_step, record.extra_lanes) == ("rescued", 4, 12)

@@ -115,7 +115,7 @@ def test_an_image_is_probed_alike_whoever_else_is_in_doubt(guarded: Any) -> None
 @pytest.mark.parametrize("given", ["text", "embeddings"])
 def test_a_negative_prompt_buys_no_pass(guarded: Any, given: str) -> None:
     """The prompt as its own negative prompt: guidance has no effect, and the score stays that of the empty control."""
-    pipe = guarded(watching(observe_at=(0.0,), look_again_at=None, doubt=EVERYBODY))  # later the trajectories differ
+    pipe = guarded(watching(observe_at=(0.0,), look_again_at=(), doubt=EVERYBODY))  # later the trajectories differ
     expected = call(pipe)
     if given == "text":
         output = call(pipe, negative_prompt=PROMPTS)

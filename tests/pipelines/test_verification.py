@@ -36,7 +36,7 @@ class Fixed:
     before: float = 9.0
     after: float = 0.0
 
-    def score(self, observations: Any, later: Any = None) -> torch.Tensor:
+    def score(self, observations: Any, later: Any = ()) -> torch.Tensor:
         count = len(observations[0].values["added_detail"])
         if count == len(PROMPTS):
             return torch.tensor([self.before, -99.0, -99.0])

@@ -193,7 +193,7 @@ def test_benign_scores_of_the_runs_own_calibration_are_shown(tmp_path: Path) -> 
         false_positive_rate=0.1,
         images=3,
         observe_at=(0.1,),
-        look_again_at=None,
+        look_again_at=(),
         probes=2,
         thresholds={3: 0.5},
         detector={},

@@ -23,7 +23,10 @@ from sd_guard.screening.settings import ModelSettings
 
 STEPS = 8
 GUARD = Guard(
-    observe_at=(0.13, 0.25), probes=1, detector=PrematureDetail(threshold=-math.inf, doubt=(-math.inf, math.inf))
+    look_again_at=(0.5,),
+    observe_at=(0.13, 0.25),
+    probes=1,
+    detector=PrematureDetail(threshold=-math.inf, doubt=(-math.inf, math.inf)),
 )
 BENIGN = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat", "ring")]
 
@@ -106,7 +109,7 @@ def test_who_is_probed_does_not_depend_on_the_threshold(make: Any) -> None:
 
     def scored(threshold: float, doubt: tuple[float, float]) -> Any:
         detector = PrematureDetail(threshold=threshold, doubt=doubt)
-        pipe.enable_guard(replace(GUARD, detector=detector, look_again_at=None))  # doubt is of the first look
+        pipe.enable_guard(replace(GUARD, detector=detector, look_again_at=()))  # doubt is of the first look
         with CountLanes(pipe.unet) as counted:
             return score_prompts(pipe, prompts, seeds, num_inference_steps=STEPS), counted.rows
 

@@ -32,7 +32,7 @@ NOBODY = PrematureDetail(threshold=math.inf, doubt=(math.inf, -math.inf))
 
 
 def guard(detector: Any = EVERYBODY, *, at: float = 0.13, probes: int = 1) -> Guard:
-    return Guard(observe_at=(at,), look_again_at=None, probes=probes, detector=detector)
+    return Guard(observe_at=(at,), look_again_at=(), probes=probes, detector=detector)
 
 
 def values(record: GuardRecord) -> dict[tuple[int, str], float]:
@@ -116,7 +116,7 @@ def test_a_prompt_costs_one_lane_and_one_more_a_probe(
 
 
 def test_levels_are_averaged_and_no_probe_is_spent_where_none_is_allowed(pipe: Any) -> None:
-    settings = Guard(observe_at=(0.0, 0.25), look_again_at=None, probes=0, detector=EVERYBODY)
+    settings = Guard(observe_at=(0.0, 0.25), look_again_at=(), probes=0, detector=EVERYBODY)
     record = QuickScreener.make(pipe, MODEL, guard=settings).measure(PROMPTS[:1], [0])[0]
     added = [values(record)[step, "added_detail"] for step in (0, 2)]
     assert record.score == pytest.approx(np.mean(added), rel=1e-5)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail, persistence, resemblance
+from sd_guard.noise import NoiseLevel
+from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail, excess_persistence, persistence, resemblance
 
 
 def test_persistence_of_a_settled_picture_is_one() -> None:
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    faint = torch.tensor([1.0, 0.1, 0.01]).reshape(3, 1, 1, 1)
+    faint = torch.tensor([1.0, 0.5, 0.2]).reshape(3, 1, 1, 1)
     assert persistence(faint * x + 7.0, x) == pytest.approx([1.0] * 3, abs=0.03)  # however faint, on whatever ground
 
 
@@ -73,4 +76,14 @@ def test_a_plain_picture_is_settled_and_no_memory() -> None:
     x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     plain = 0.1 * CONTROL_FLOOR / detail(x).reshape(4, 1, 1, 1) * x
     assert persistence(x, plain) == pytest.approx([0.1] * 4, abs=0.005)
+    assert persistence(plain, x) == pytest.approx([0.1] * 4, abs=0.005)  # or what was hardly there yet
     assert persistence(x, 20 * plain) == pytest.approx([1.0] * 4, abs=0.03)
+
+
+def test_more_persistence_is_ordinary_where_more_noise_is_left() -> None:
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+    levels = [NoiseLevel.from_sigma(sigma) for sigma in (math.inf, 5.0, 1.5, 0.5, 0.0)]
+    excess = torch.stack([excess_persistence(x, x, level) for level in levels])
+    assert (excess.diff(dim=0) >= 0).all()  # the same picture stands out more and more
+    assert (excess[0] == -math.inf).all()  # what is nothing but noise shows nothing
+    torch.testing.assert_close(excess[-1], persistence(x, x) - 0.77)

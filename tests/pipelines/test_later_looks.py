@@ -1,8 +1,9 @@
-"""The second look: at what was not flagged, and at what was rescued."""
+"""Later looks: at what was not flagged, and at what was rescued."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,30 +16,32 @@ from sd_guard.guard import Guard
 from sd_guard.observation import Observation
 
 PLAN = (Forget(),)
-AT = {"observe_at": (0.2,), "look_again_at": 0.5}  # steps 1 and 3 of 6
+AT = {"observe_at": (0.2,), "look_again_at": (0.5,)}  # steps 1 and 3 of 6
 
 
 @dataclass(frozen=True)
 class Late:
-    """Flags one image of three, and no other, at the second look; resumed ones as often as it is told.
+    """Flags one image of three, and no other, at a later look; resumed ones as often as it is told.
 
     Attributes:
         row: of the host's trajectory.
         at_once: its score at the deciding step.
-        resumed: scores of resumed trajectories: at the deciding step, and at the second look.
+        later: its score at each later look.
+        resumed: scores of resumed trajectories: at the deciding step, and at each later look.
     """
 
     row: int = 1
     at_once: float = 0.0
-    resumed: tuple[float, float] = (0.0, 0.0)
+    later: tuple[float, ...] = (1.0,)
+    resumed: tuple[float, ...] = (0.0, 0.0)
     threshold: float = 0.5
 
-    def score(self, observations: Any, later: Observation | None = None) -> torch.Tensor:
+    def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
         images = len(observations[0].values["detail"])
         if images < len(PROMPTS):
-            return torch.full((images,), self.resumed[later is not None])
+            return torch.full((images,), self.resumed[len(later)])
         scores = torch.zeros(images)
-        scores[self.row] = self.at_once if later is None else 1.0
+        scores[self.row] = (self.at_once, *self.later)[len(later)]
         return scores
 
     def in_doubt(self, observations: Any) -> torch.Tensor:
@@ -49,10 +52,11 @@ def looking(detector: Any, plan: Any = PLAN, **options: Any) -> Guard:
     return watching(plan=plan, detector=detector, **(AT | options))
 
 
+@pytest.mark.parametrize("look", [0.5, 0.98])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_an_unchanged_trajectory_arrives_where_it_was(guarded: Any, plain: Any, name: str) -> None:
+def test_an_unchanged_trajectory_arrives_where_it_was(guarded: Any, plain: Any, name: str, look: float) -> None:
     """Flagged late, resumed to where the loop stands, and put back: as if nothing had happened."""
-    pipe = guarded(looking(Late(), (Identity(),)), name)
+    pipe = guarded(looking(Late(), (Identity(),), look_again_at=(look,)).with_policy(budget=50), name)
     expected, state = latents_of(plain(name))
     output, own_state = latents_of(pipe)
     record = output.records[1]
@@ -81,7 +85,7 @@ def test_what_is_flagged_late_is_decided_late_and_pays_for_the_way(guarded: Any)
     assert [record.extra_lanes for record in output.records] == [0, 8, 0]
     assert count.rows == 2 * STEPS * len(PROMPTS) + 8
     names = {(value.step, value.name) for value in output.records[1].statistics}
-    assert (3, "persistence") in names
+    assert (3, "excess_persistence") in names
 
 
 def test_what_was_flagged_and_not_changed_is_scored_to_the_end(guarded: Any) -> None:
@@ -110,7 +114,7 @@ def test_a_rescue_is_looked_at_again(guarded: Any, again: float, outcome: str, a
     assert (record.outcome, record.decided_at_step, len(record.attempts)) == (outcome, 1, attempts)
     assert [attempt.mitigation for attempt in record.attempts] == ["forget", "identity"][:attempts]
     assert all(attempt.passed is (outcome == "rescued") for attempt in record.attempts)
-    assert "persistence" not in {value.name for value in record.statistics}  # it is another picture's
+    assert "excess_persistence" not in {value.name for value in record.statistics}  # it is another picture's
 
 
 def test_no_budget_for_the_whole_way(guarded: Any) -> None:
@@ -137,16 +141,16 @@ def test_a_probe_leaves_lanes_for_the_rest_of_the_way(guarded: Any, budget: int,
 def test_a_second_look_that_is_not_finite_is_unscored(guarded: Any) -> None:
     @dataclass(frozen=True)
     class Broken(Late):
-        def score(self, observations: Any, later: Any = None) -> torch.Tensor:
+        def score(self, observations: Any, later: Any = ()) -> torch.Tensor:
             scores = Late.score(self, observations)
-            return scores if later is None else torch.where(torch.arange(len(scores)) == 1, math.nan, scores)
+            return scores if not later else torch.where(torch.arange(len(scores)) == 1, math.nan, scores)
 
     records = latents_of(guarded(looking(Broken())))[0].records
     assert [record.outcome for record in records] == ["passed", "unscored", "passed"]
 
 
 def test_without_a_second_look_nothing_is_flagged_late(guarded: Any) -> None:
-    for look in (None, 0.2):  # none, or none that is later than the deciding step
+    for look in ((), (0.2,)):  # none, or none that is later than the deciding step
         records = latents_of(guarded(looking(Late(), look_again_at=look)))[0].records
         assert [record.verdict for record in records] == ["pass"] * 3
 
@@ -157,3 +161,51 @@ def test_verdicts_do_not_depend_on_batchmates(guarded: Any) -> None:
     for row, prompt in enumerate(PROMPTS):
         alone = latents_of(pipe, prompt=[prompt], generator=[GENERATORS["list"]()[row]])[0].records[0]
         assert alone.score == pytest.approx(together[row].score, abs=1e-4)
+
+
+THRICE = {"look_again_at": (0.5, 0.98)}  # steps 3 and 5
+
+
+def test_what_only_the_last_step_shows(guarded: Any, plain: Any) -> None:
+    """Its attempt passes both looks on its way, and ends as a call with the changed prompt would have."""
+    pipe = guarded(looking(Late(later=(0.0, 1.0), resumed=(0.0, 0.0, 0.25)), **THRICE))
+    output, _ = latents_of(pipe)
+    record = output.records[1]
+    assert (record.outcome, record.decided_at_step, record.extra_lanes) == ("rescued", 5, 2 * STEPS)
+    assert record.attempts[0].score == 0.25
+    assert [value.step for value in record.statistics if value.name == "excess_persistence"] == [3, 5]
+    expected = latents_of(plain(), prompt=[PROMPTS[0], "", PROMPTS[2]])[0].images
+    torch.testing.assert_close(output.images, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("resumed", "lanes"), [((1.0,), 4), ((0.0, 1.0), 8), ((0.0, 0.0, 1.0), 12)])
+def test_an_attempt_ends_at_the_look_that_it_fails(guarded: Any, resumed: tuple[float, ...], lanes: int) -> None:
+    record = latents_of(guarded(looking(Late(later=(0.0, 1.0), resumed=resumed), **THRICE)))[0].records[1]
+    assert (record.outcome, record.extra_lanes, len(record.attempts)) == ("blocked", lanes, 1)
+
+
+def test_a_rescue_may_be_taken_back_at_the_end(guarded: Any) -> None:
+    """It passed at once and in the middle; there is nothing left to spend on another."""
+    late = Late(at_once=0.75, later=(9.0, 9.0), resumed=(0.0, 0.0, 1.0))
+    record = latents_of(guarded(looking(late, (Forget(), Identity()), **THRICE)))[0].records[1]
+    assert (record.outcome, record.decided_at_step, record.score) == ("blocked", 1, 0.75)
+    assert [(attempt.mitigation, attempt.score, attempt.passed) for attempt in record.attempts] == [
+        ("forget", 1.0, False)
+    ]
+    assert record.extra_lanes == 4
+
+
+def test_what_was_taken_back_once_is_not_judged_again(guarded: Any) -> None:
+    """Its trajectory in the loop is that of an attempt that failed, and says nothing of the flagged one."""
+    late = Late(at_once=0.75, later=(9.0, 9.0), resumed=(0.0, 1.0, 0.0))
+    record = latents_of(guarded(looking(late, **THRICE)))[0].records[1]
+    assert (record.outcome, record.score, [attempt.score for attempt in record.attempts]) == ("blocked", 0.75, [1.0])
+
+
+def test_a_late_rescue_is_looked_at_with_what_its_way_has_shown(guarded: Any) -> None:
+    """Flagged at the first later look, walked past it, and looked at once more in the host's loop."""
+    late = Late(later=(1.0, 9.0), resumed=(0.0, 0.0, 0.25))
+    record = latents_of(guarded(looking(late, **THRICE)))[0].records[1]
+    assert (record.outcome, record.decided_at_step, record.score, record.extra_lanes) == ("rescued", 3, 1.0, 8)
+    failed = replace(late, resumed=(0.0, 0.0, 1.0))
+    assert latents_of(guarded(looking(failed, **THRICE)))[0].records[1].outcome == "blocked"
