@@ -52,8 +52,8 @@ class PrematureDetail:
     detail without it (`added_detail`). Where it is in doubt, probes add
     `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
     nor the probes, so that scores stay exchangeable when a calibration moves the threshold. Later looks at the same
-    trajectory add `persistence_weight` times the largest `excess_persistence`: faint and almost plain memories add
-    little detail, but they are settled. The numbers were chosen on `tune` rows of the
+    trajectory add `persistence_weight` times each positive `excess_persistence`: faint and almost plain memories add
+    little detail, but they are settled, and stay so. The numbers were chosen on `tune` rows of the
     bundled reference checkpoint.
 
     Attributes:
@@ -71,7 +71,7 @@ class PrematureDetail:
     doubt: tuple[float, float] = (0.0, 0.6)
     lid_weight: float = 10.0
     ordinary_deficit: float = 0.005
-    persistence_weight: float = 8.0
+    persistence_weight: float = 6.0
 
     def __post_init__(self) -> None:
         """Refuses a threshold that every score would pass."""
@@ -88,8 +88,8 @@ class PrematureDetail:
             rows = torch.tensor(last.probed, device=score.device)
             score = score.index_add(0, rows, self.lid_weight * (closed - self.ordinary_deficit)[rows])
         if later:
-            most = torch.stack([look.values["excess_persistence"] for look in later]).amax(0)
-            score = score + self.persistence_weight * most.clamp(min=0.0)
+            settled = torch.stack([look.values["excess_persistence"] for look in later]).clamp(min=0.0)
+            score = score + self.persistence_weight * settled.sum(0)
         return score
 
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sd_guard.detection import Detector, PrematureDetail, Verdict
-from sd_guard.mitigation import EmbeddingNoise, Mitigation, WordAblation
+from sd_guard.mitigation import EmbeddingNoise, Mitigation, SummaryReplacement, WordAblation
 from sd_guard.policy import Attempt, Outcome, Policy
 
 
@@ -78,10 +78,10 @@ class Guard:
     """
 
     observe_at: tuple[float, ...] = (0.02, 0.04, 0.06)
-    look_again_at: tuple[float, ...] = (0.4, 0.5, 0.98)
+    look_again_at: tuple[float, ...] = (0.2, 0.3, 0.5, 0.98)
     probes: int = 2
     detector: Detector = field(default_factory=PrematureDetail)
-    plan: Sequence[Mitigation] = (WordAblation(), EmbeddingNoise(strengths=(3.0,)))
+    plan: Sequence[Mitigation] = (SummaryReplacement(), WordAblation(), EmbeddingNoise(strengths=(3.0,)))
     policy: Policy = field(default_factory=Policy)
     seed: int = 0
 

@@ -69,14 +69,14 @@ def test_the_score_is_the_mean_ratio_and_the_weighted_deficit_of_those_probed() 
 
 
 def test_later_looks_raise_scores_and_lower_none() -> None:
-    """By the largest of them; one that is not a number leaves nothing that could be trusted."""
+    """By what each of them shows; one that is not a number leaves nothing that could be trusted."""
     detector = PrematureDetail(persistence_weight=8.0)
     observations = free([0.2, 0.4, -0.6, 0.1])
     looks = [
         Observation(step, 256, {"excess_persistence": torch.tensor(values)}, (0, 0, 0, 0))
         for step, values in ((20, [0.1, 0.0, -0.7, math.nan]), (25, [0.05, -0.1, 0.02, 0.2]))
     ]
-    one, two = torch.tensor([0.2 + 8 * 0.1, 0.4, -0.6]), torch.tensor([0.2 + 8 * 0.1, 0.4, -0.6 + 8 * 0.02])
+    one, two = torch.tensor([0.2 + 8 * 0.1, 0.4, -0.6]), torch.tensor([0.2 + 8 * 0.15, 0.4, -0.6 + 8 * 0.02])
     torch.testing.assert_close(detector.score(observations, looks[:1])[:3], one, rtol=0, atol=1e-5)
     torch.testing.assert_close(detector.score(observations, looks)[:3], two, rtol=0, atol=1e-5)
     assert detector.score(observations, looks)[3].isnan()

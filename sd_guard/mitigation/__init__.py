@@ -1,6 +1,6 @@
 """Mitigations: what to change about a flagged image's sampling. A file a family."""
 
-from sd_guard.mitigation.attention import SummaryMask
+from sd_guard.mitigation.attention import SummaryMask, SummaryReplacement
 from sd_guard.mitigation.base import Change, Mitigation, Subject
 from sd_guard.mitigation.guidance import DelayedGuidance, DynamicTransition, LowerGuidance, OppositeGuidance
 from sd_guard.mitigation.latents import NewSeed, NoiseOptimisation, Renoise
@@ -26,6 +26,7 @@ MITIGATIONS: dict[str, type[Mitigation]] = {
     "noise_optimisation": NoiseOptimisation,
     "renoise": Renoise,
     "summary_mask": SummaryMask,
+    "summary_replacement": SummaryReplacement,
     "later": Later,
 }
 
@@ -51,6 +52,7 @@ __all__ = [
     "Rewriter",
     "Subject",
     "SummaryMask",
+    "SummaryReplacement",
     "TokenReplacement",
     "WordAblation",
 ]

@@ -14,7 +14,7 @@ from sd_guard.mitigation.rewriters import Lexicon
 from sd_guard.statistics.sharpness import resemblance
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search
-_DRAWS = 100  # tokens that are drawn at most for one that is a word
+_DRAWS = 1000  # tokens that are drawn at most for one that is a word
 
 RandomKind: TypeAlias = Literal["add", "replace", "number", "repeat"]
 
@@ -24,22 +24,27 @@ class WordAblation:
     """Finds the words that carry the memory and samples without them.
 
     One question is asked at the first step of the image's own trajectory, one lane a prompt: how much of the flagged
-    picture is still predicted without these words? First of each run of `max_words`, then of the shorter runs within
-    the best of them; and where the picture survives all of these, of runs twice as long, and of the best run together
-    with each other one. Asking runs rather than single words matters: of two names that both carry a memory, neither
-    is missed. Strength: words removed.
+    picture is still predicted without these words? First of runs of `max_words`, each of which shares a word with the
+    next, so that no two neighbours are missed, and where the picture survives these, of all such runs; then of the
+    shorter runs within the best of them; and where it survives all of these, of runs twice as long, and of the best run
+    together with each other one. Asking runs rather than single words matters: of two names that both carry a memory,
+    neither is missed. Of removals that break the
+    picture alike, the best takes few words and leaves the broad colours: words that only carry a memory say nothing
+    else, and what the others say is mostly seen in these. Strength: words removed.
 
     Attributes:
         max_words: of the runs.
         refined: runs that shorter ones are looked for in.
         word_cost: resemblance that keeping one more word is worth.
+        colour_cost: likewise, keeping the means of the predicted channels, each unit of latents by which they move.
         max_resemblance: above which the picture has survived: 0 is as little as the prediction without a prompt
             resembles it, 1 is the picture itself.
     """
 
     max_words: int = 3
-    refined: int = 2
+    refined: int = 1
     word_cost: float = 0.05
+    colour_cost: float = 0.15
     max_resemblance: float = 0.6
 
     def propose(self, subject: Subject) -> Iterator[Change]:
@@ -49,26 +54,34 @@ class WordAblation:
         words = split_words(subject.prompt)
         width = min(self.max_words, len(words) - 1)
         runs = [range(start, start + width) for start in range(len(words) - width + 1)] if width > 0 else []
-        if not runs or subject.lanes_left() < len(runs) + 2:
+        first = [*runs[: -1 : max(width - 1, 1)], *runs[-1:]]
+        if not runs or subject.lanes_left() < len(first) + 2:
             return
         whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
         control, flagged = subject.predict(whole).split(1)
         left: dict[frozenset[int], float] = {}
+        cost: dict[frozenset[int], float] = {}
 
         def ask(removals: Iterable[Iterable[int]]) -> None:
             new = [removal for removal in map(frozenset, removals) if 0 < len(removal) < len(words)]
             new = [removal for removal in dict.fromkeys(new) if removal not in left]
             if new and subject.lanes_left() >= len(new):
                 predicted = subject.predict(subject.encode([_without(words, removal) for removal in new]))
-                left.update(zip(new, _what_is_left(predicted, flagged, control), strict=True))
+                moved = (predicted - flagged).mean((-2, -1)).norm(dim=1).tolist()
+                for removal, rest, shift in zip(new, _what_is_left(predicted, flagged, control), moved, strict=True):
+                    left[removal] = rest
+                    cost[removal] = rest + self.word_cost * len(removal) + self.colour_cost * shift
 
-        ask(runs)
-        best = sorted(runs, key=lambda run: left[frozenset(run)])[: self.refined]
+        ask(first)
+        if min(left.values()) > self.max_resemblance:
+            ask(runs)
+        asked = [run for run in runs if frozenset(run) in left]
+        best = sorted(asked, key=lambda run: cost[frozenset(run)])[: self.refined]
         ask(run[i:j] for run in best for i in range(width) for j in range(i + 1, width + 1))
         if min(left.values()) > self.max_resemblance:
             ask(range(run.start, run.stop + width) for run in runs[: -width or None])
             ask((*best[0], *run) for run in runs)
-        for removal in sorted(left, key=lambda removal: left[removal] + self.word_cost * len(removal)):
+        for removal in sorted(cost, key=lambda removal: cost[removal]):
             rest = _without(words, removal)
             removed = len(subject.prompt.split()) - len(rest.split())
             yield Change("word_ablation", float(removed), subject.encode([rest])[0], rest)

@@ -29,7 +29,8 @@ ORDINARY = GaussianMixture(_MEANS[1:], torch.tensor([0.25]))
 class MixtureUnet(nn.Module):
     """``x_0`` is the memory, nearly to the point, or ordinary; without a prompt never the memory.
 
-    The memory hangs on the summary tokens: a lane that attends to none of them has none of it.
+    The memory hangs on the summary tokens: a lane that attends to none of them, or has its words there instead, has
+    none of it.
     """
 
     def __init__(self, unet: nn.Module, alphas_cumprod: Tensor, empty: Tensor, end: int) -> None:
@@ -51,6 +52,8 @@ class MixtureUnet(nn.Module):
     ) -> tuple[Tensor]:
         level = NoiseLevel.from_alpha_bar(float(self.alphas_cumprod[int(timestep)]))
         prompted = (encoder_hidden_states.float() - self.empty).abs().amax((1, 2)) > 1e-3
+        again = torch.arange(encoder_hidden_states.shape[1]) % self.end
+        prompted = prompted & (encoder_hidden_states != encoder_hidden_states[:, again]).any(2).any(1)
         if encoder_attention_mask is not None:
             prompted = prompted & encoder_attention_mask[:, self.end :].any(1)
         e_hat = [

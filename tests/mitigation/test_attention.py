@@ -12,7 +12,7 @@ from mitigation.mixtures import assert_forgets, call, mixture_pipeline
 from tiny import TOKENS, WIDTH, byte_tokenizer, subject_of
 
 from sd_guard.lanes import Conditioning, evaluate_lanes
-from sd_guard.mitigation import SummaryMask
+from sd_guard.mitigation import SummaryMask, SummaryReplacement
 
 
 def test_a_memory_is_left_alone(parts: dict[str, Any]) -> None:
@@ -33,7 +33,33 @@ def test_the_end_and_what_comes_after_it_is_masked(prompt: str, kept: int) -> No
 @pytest.mark.parametrize("subject", [{"prompt": None}, {"prompt": ""}, {"prompt": " "}, {"tokenizer": None}])
 def test_nothing_to_mask(subject: dict[str, Any]) -> None:
     known = {"prompt": "a dog", "tokens": TOKENS, "tokenizer": byte_tokenizer()}
-    assert list(SummaryMask().propose(subject_of(**(known | subject)))) == []
+    for kind in (SummaryMask, SummaryReplacement):
+        assert list(kind().propose(subject_of(**(known | subject)))) == []
+
+
+def test_a_memory_is_left_alone_by_the_words_alone(parts: dict[str, Any]) -> None:
+    """In the host's own loop: up to where it stands, and no further."""
+    assert_forgets(parts, SummaryReplacement(), 14)
+
+
+@pytest.mark.parametrize("prompt", ["a", "abc", "a dog", "a" * 40])
+def test_the_words_stand_in_the_place_of_the_end(prompt: str) -> None:
+    known = {"prompt": prompt, "tokens": TOKENS, "width": WIDTH, "tokenizer": byte_tokenizer()}
+    subject = subject_of(**known)
+    (change,), (masked,) = (list(kind().propose(subject)) for kind in (SummaryReplacement, SummaryMask))
+    kept = int(masked.attention_mask.sum())
+    assert (change.strength, change.prompt, change.own_loop) == (masked.strength, None, False)
+    assert torch.equal(change.prompt_embeds[:kept], subject.prompt_embeds[:kept])
+    for place in range(kept, TOKENS):
+        assert torch.equal(change.prompt_embeds[place], subject.prompt_embeds[place % kept])
+
+
+def test_tokens_that_stand_there_equally_often_are_as_good_as_alone(parts: dict[str, Any]) -> None:
+    """What the replacement rests on: attention does not know the place of a token."""
+    text = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    alone, thrice = (evaluate_lanes(parts["unet"], x, 500, Conditioning(t)) for t in (text, text.repeat(1, 3, 1)))
+    torch.testing.assert_close(thrice, alone, rtol=1e-4, atol=1e-5)
 
 
 PROCESSORS = [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(2)]

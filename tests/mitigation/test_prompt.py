@@ -104,6 +104,34 @@ def test_a_word_is_worth_a_little_of_the_picture() -> None:
     assert next(WordAblation(word_cost=0.0).propose(world.subject("a b c"))).prompt == "a"
 
 
+def test_words_that_say_something_are_kept() -> None:
+    """Without red or without zyx, the picture is gone alike; without red the colour is another, too."""
+    world = World(planted("red", "zyx", "none"))
+    without, picture = world.predict, world.subject("a red house by zyx")
+
+    def predict(embeds: Tensor) -> Tensor:
+        texts = [world.prompts[int(e[0, 0])].split() if e[0, 0] >= 0 else ["red"] for e in embeds]
+        gone = torch.tensor([not {"red", "zyx"} <= {*text} and text != ["red"] for text in texts]).float()
+        colour = torch.tensor([float("red" not in text) for text in texts])
+        kept = without(embeds) * (1 - gone).reshape(-1, 1, 1, 1) + 0.1 * BLUR * gone.reshape(-1, 1, 1, 1)
+        return kept + colour.reshape(-1, 1, 1, 1)
+
+    subject = replace(picture, predict=predict)
+    assert next(WordAblation(max_words=1).propose(subject)).prompt == "a red house by"
+    assert next(WordAblation(max_words=1, colour_cost=-1.0).propose(subject)).prompt == "a house by zyx"
+
+
+def test_neighbours_are_found_at_half_the_runs() -> None:
+    """The first question has only every other run; all of them are asked for where none of those is enough."""
+    prompt = "a b c d e f g h i j"
+    world = World(lambda rest: float("f" in rest or "g" in rest))
+    assert next(WordAblation().propose(world.subject(prompt))).prompt == "a b c d e h i j"
+    assert (world.calls, 10_000 - world.left) == (3, 2 + 5 + 5)  # two predictions, runs, and the shorter in the best
+    world = World(lambda rest: float(bool({"f", "g", "h"} & {*rest})))
+    assert next(WordAblation().propose(world.subject(prompt))).prompt == "a b c d e i j"
+    assert (world.calls, 10_000 - world.left) == (4, 2 + 8 + 5)
+
+
 def test_what_helps_least_comes_last() -> None:
     world = World(lambda prompt: float(len(prompt)) if "b" in prompt else 0.0)
     changes = list(WordAblation(max_words=1).propose(world.subject("a b c d")))
@@ -152,8 +180,10 @@ def test_the_budget_is_kept(budget: int, prompt: list[str]) -> None:
     world = World(lambda rest: 1.0, budget)
     list(WordAblation().propose(world.subject(" ".join(prompt))))
     assert world.left >= 0
-    runs = len(prompt) - min(3, len(prompt) - 1) + 1
-    assert bool(world.calls) == (budget >= runs + 2)
+    width = min(3, len(prompt) - 1)
+    runs, shift = len(prompt) - width + 1, max(width - 1, 1)
+    first = 1 + -(-(runs - 1) // shift)  # every other run, and the last
+    assert bool(world.calls) == (budget >= first + 2)
 
 
 def test_lanes_are_spent_only_as_they_are_asked_for() -> None:
