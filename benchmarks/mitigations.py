@@ -1,15 +1,16 @@
 """Every mitigation by itself, on verbatim prompts: `python -m benchmarks.mitigations [--split tune]`.
 
 Each variant's first change is taken whatever the guard thinks of it, so that what it does is seen, and not what
-verification lets through; the last row is the default plan as it is used. A variant runs in a process of its own, for
-its peak memory. Lanes, seconds and memory are those of a batch of `BATCH` images beyond the unguarded run's.
+verification lets through; the last row is the default plan as it is used. `good` is the share of images that are no
+copy and still read as their caption says; the default plan tries first what has most of these a lane, on `tune` rows.
+A variant runs in a process of its own, for its peak memory. Lanes, seconds and memory are those of a batch of `BATCH`
+images beyond the unguarded run's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -47,7 +48,9 @@ NONE = "none"
 DEFAULT = "default plan, verified"
 VARIANTS: dict[str, m.Mitigation] = {
     "word_ablation": m.WordAblation(),
-    "word_ablation, from 6 %": m.Later(at=0.06),
+    **{f"word_ablation, from {x:.0%}": m.Later(at=x) for x in (0.02, 0.06)},
+    "summary_replacement": m.SummaryReplacement(),
+    **{f"summary_replacement, from {x:.0%}": m.Later(mitigation=m.SummaryReplacement(), at=x) for x in (0.02, 0.06)},
     **{f"embedding_noise {x:g}": m.EmbeddingNoise(strengths=(x,)) for x in (0.5, 1.5, 3.0, 5.0)},
     **{
         f"random_tokens, {how} 4": m.RandomTokens(how=how, counts=(4,))
@@ -58,9 +61,12 @@ VARIANTS: dict[str, m.Mitigation] = {
         for name in ("cfg_norm", "score_norm", "trajectory_lid", "flipd", "added_detail")
     },
     "embedding_optimisation, cfg_norm 20": m.EmbeddingOptimisation(steps=(20,)),
-    **{f"token_replacement, nearest {n}": m.TokenReplacement(words=(n,)) for n in (1, 2, 4)},
+    **{
+        f"token_replacement, nearest {n}": m.TokenReplacement(rewriter=m.NearestMeaning(), words=(n,))
+        for n in (1, 2, 4)
+    },
     **{f"token_replacement, deletion {n}": m.TokenReplacement(rewriter=m.Deletion(), words=(n,)) for n in (1, 2, 4)},
-    "prompt_reanchoring, nearest": m.PromptReanchoring(),
+    "prompt_reanchoring, nearest": m.PromptReanchoring(rewriter=m.NearestMeaning()),
     "prompt_reanchoring, deletion": m.PromptReanchoring(rewriter=m.Deletion()),
     **{f"lower_guidance {x:g}": m.LowerGuidance(scales=(x,)) for x in (3.0, 1.0)},
     **{f"delayed_guidance {x:g}": m.DelayedGuidance(until=(x,)) for x in (0.1, 0.2, 0.4)},
@@ -103,17 +109,29 @@ def run_variant(name: str, folder: Path, split: str) -> dict[str, Any]:
         for i, j in combinations(range(start, start + SEEDS), 2)
         if i in given and j in given
     ]
+    copies = [i in given and is_copy(images[i], rows[i], folder) for i in range(len(rows))]
+    read = [i in given and reads_as(images[i], rows[i]["ordinary"]) for i in range(len(rows))]
+    lanes = float(np.mean([record.extra_lanes for record in records])) if records else 0.0
+    good = float(np.mean([on and not copy for on, copy in zip(read, copies, strict=True)]))
     return {
         "images": len(rows),
-        "reproduced": float(np.mean([i in given and is_copy(images[i], rows[i], folder) for i in range(len(rows))])),
-        "on_caption": float(np.mean([reads_as(images[i], rows[i]["ordinary"]) for i in given])) if given else None,
+        "reproduced": float(np.mean(copies)),
+        "on_caption": float(np.mean([read[i] for i in given])) if given else None,
+        "good": good,
+        "good_per_100_lanes": 100 * good / lanes if lanes else None,
         "blocked": 1 - len(given) / len(rows),
         "diversity": float(np.mean(pairs)) if pairs else None,
-        "extra_lanes": float(np.mean([record.extra_lanes for record in records])) if records else 0.0,
+        "extra_lanes": lanes,
         "seconds_an_image": seconds / len(rows),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "pixels": [np.asarray(images[i]).tolist() if i in given else None for i in range(len(rows))],
     }
+
+
+def peak_mib() -> float:
+    """Of this process's own resident memory; what `getrusage` says begins with that of the process that forked it."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def distance(pixels: list[Any], unguarded: list[Any]) -> float | None:

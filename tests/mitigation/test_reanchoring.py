@@ -126,6 +126,7 @@ def test_it_samples_as_with_the_memorized_prompt_for_a_negative_one(parts: dict[
     """``e_p + g (e_new - e_p)``; a control is evaluated apart at the two looks, the neighbour keeps its bits."""
     prompts, arguments = ["a dog", "blue"], {"num_inference_steps": 6, "output_type": "latent"}
     pipe: Any = build(GuardedStableDiffusionPipeline, parts, scheduler)
+    pipe.disable_guard()
     plain = pipe(prompts, **arguments, generator=seeded(1, 2)).images
     plan = (PromptReanchoring(rewriter=Deletion()),)
     pipe.enable_guard(watching(plan=plan, detector=FlagsTwo(), look_again_at=()), budget=100)
