@@ -71,7 +71,7 @@ class PrematureDetail:
     doubt: tuple[float, float] = (0.0, 0.6)
     lid_weight: float = 10.0
     ordinary_deficit: float = 0.005
-    persistence_weight: float = 6.0
+    persistence_weight: float = 8.0
 
     def __post_init__(self) -> None:
         """Refuses a threshold that every score would pass."""
