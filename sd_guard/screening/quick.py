@@ -34,6 +34,7 @@ from sd_guard.noise import NoiseLevel, interpret, read_level
 from sd_guard.observation import PROBED, STATISTICS, Observation, observe
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.policy import Outcome
+from sd_guard.screening.encoding import Texts, encoding
 from sd_guard.screening.jobs import Job
 from sd_guard.screening.records import record_row
 from sd_guard.screening.screener import Screened
@@ -186,7 +187,9 @@ class QuickScreener:
         seeds_once = {seed: place for place, seed in enumerate(dict.fromkeys(seeds))}
         own = torch.tensor([seeds_once[seed] for seed in seeds], device=self.empty.device)
         control = self._controls(list(seeds_once)).select(own)
-        texts = self._encode(prompts)
+        with encoding(self.pipe, prompts, size=self.batch_size, device=self.empty.device) as coming:
+            outputs = [self._evaluate(control.x[:, k], place, coming) for k, place in enumerate(self.observed)]
+            texts = coming.first(len(prompts))
         lanes = Conditioning(torch.cat([self.empty.expand_as(texts), texts]))
         calls = [
             StepCall(
@@ -194,7 +197,7 @@ class QuickScreener:
                 timestep=place.timestep,
                 level=place.level,
                 x=control.x[:, k],
-                conditional=self._evaluate(control.x[:, k], place, texts),
+                conditional=outputs[k],
                 control=control.output[:, k],
                 lanes=lanes,
                 spent=1,
@@ -287,22 +290,14 @@ class QuickScreener:
             traces.append(probe_products(v, e_hat, base, moved.step).total)
         return trajectory_lid(base[0].numel(), place.level.s, torch.stack(traces).mean(0))
 
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
-        """(N, tokens, width); the same prompt is encoded once, and calls have one shape."""
-        once = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-        texts, device, parts = list(once), self.empty.device, list[Tensor]()
-        for start in range(0, len(texts), self.batch_size):
-            part = texts[start : start + self.batch_size]
-            part += [""] * (self.batch_size - len(part))
-            parts.append(self.pipe.encode_prompt(part, device, 1, False)[0])
-        return torch.cat(parts)[torch.tensor([once[prompt] for prompt in prompts], device=device)]
-
-    def _evaluate(self, x: Tensor, place: Place, texts: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, place: Place, texts: Tensor | Texts) -> Tensor:
         """(N, C, H, W) raw outputs, in calls of `batch_size` lanes; the last row fills up the last call."""
         parts: list[Tensor] = []
         for start in range(0, len(x), self.batch_size):
-            rows = torch.arange(start, start + self.batch_size, device=x.device).clamp(max=len(x) - 1)
-            parts.append(evaluate_lanes(self.pipe.unet, x[rows], place.timestep, Conditioning(texts[rows])))
+            stop = min(start + self.batch_size, len(x))
+            ready = texts if isinstance(texts, Tensor) else texts.first(stop)
+            rows = torch.arange(start, start + self.batch_size, device=x.device).clamp(max=stop - 1)
+            parts.append(evaluate_lanes(self.pipe.unet, x[rows], place.timestep, Conditioning(ready[rows])))
         return torch.cat(parts)[: len(x)]
 
     def _records(self, seen: Sequence[Observation], scores: Sequence[float], seeds: Sequence[int]) -> list[GuardRecord]:
