@@ -33,8 +33,13 @@ def cell(row: dict[str, Any]) -> str:
     return f"{row['auroc']:.4f} / {row['tpr_at_1_fpr']:.2f} @ {row['step']}"
 
 
+def looks_until(result: dict[str, Any], asked: list[str], last: float) -> list[list[dict[str, Any]]]:
+    """The guard's looks at steps before `last`, of each question."""
+    return [[row for row in result["looks"][question] if row["step"] < last] for question in asked]
+
+
 def detection_table(result: dict[str, Any]) -> str:
-    """The guard's looks first, then each statistic, the best on verbatim prompts first; each at its own best step."""
+    """The guard first, then each statistic, the best on verbatim prompts first; each at its own best step."""
     asked = [f"{kind} / novel + plain, {n}" for kind in ("verbatim", "template") for n in ("1 image", "4 images")]
     columns = [{row["statistic"]: row for row in result["best_steps"][question]} for question in asked]
     merits: dict[str, float] = {}
@@ -42,9 +47,10 @@ def detection_table(result: dict[str, Any]) -> str:
         for name, row in column.items():
             merits.setdefault(name, row["auroc"])
     rows: list[tuple[Any, ...]] = []
-    for place, name in enumerate(("first", "second")):
-        looks = [sorted(result["looks"][question], key=lambda row: row["step"])[place] for question in asked]
-        rows.append((f"**guard**, {name} look", f"{looks[0]['lanes']:.3g}", *map(cell, looks)))
+    for by in (0.2, 0.4, 1.0):
+        last = by * result["settings"]["steps"]
+        looks = [max(own, key=lambda row: row["step"]) for own in looks_until(result, asked, last)]
+        rows.append((f"**guard**, by {percent(by)} of the steps", f"{looks[0]['lanes']:.3g}", *map(cell, looks)))
     for name in sorted((name for name in merits if name != "guard"), key=lambda name: (-merits[name], name)):
         lanes = next(column[name]["lanes"] for column in columns if name in column)
         cells = [cell(column[name]) if name in column else "-" for column in columns]
@@ -126,6 +132,44 @@ def mitigation_table(result: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def mitigations_table(result: dict[str, Any], tuned: dict[str, Any]) -> str:
+    """Each mitigation by itself; what the plan was chosen by is of `tune` rows."""
+    header = (
+        *("mitigation", "reproduced", "on caption", "diversity", "distance"),
+        *("extra lanes", "extra seconds", "extra peak MiB", "good per 100 lanes, tune"),
+    )
+    rows: list[tuple[Any, ...]] = []
+    for name, line in result["lines"].items():
+        apart = ["-" if line[key] is None else f"{line[key]:.3f}" for key in ("diversity", "distance")]
+        spent = f"{line['extra_lanes']:.3g}", f"{line['extra_seconds']:.2f}", f"{line['extra_peak_mib']:.0f}"
+        good = tuned["lines"][name]["good_per_100_lanes"]
+        shares = percent(line["reproduced"]), percent(line["on_caption"])
+        rows.append((name, *shares, *apart, *spent, "-" if good is None else f"{good:.2f}"))
+    return table(header, rows)
+
+
+def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
+    """Of the pipeline alone, of its workers, of what a kill costs, and of quick depth."""
+    scale, kills = result["scale"], result["kills"]
+    most = max(scale["runs"], key=lambda run: run["prompts"])
+    sharing = ", ".join(f"{line['speedup']:.2f} with {engine}" for engine, line in result["workers"].items())
+    best = min(quick["time"], key=lambda line: line["milliseconds_a_prompt"])
+    found = "; ".join(
+        f"{name}: {quick[key]['verbatim']['auroc']:.4f} (verbatim) and {quick[key]['template']['auroc']:.4f} (template)"
+        for name, key in (("bundled", "report"), ("second", "second_checkpoint_report"))
+    )
+    return (
+        f"{most['prompts']:,} prompts without a model take {most['seconds']:.1f} s, {scale['overhead']:.0f} "
+        f"microseconds each; the largest peak of memory is {scale['memory_ratio']:.3f} times that of 10,000 prompts, "
+        f"and time grows with the power {scale['exponent']:.2f} of their number. Two workers on two cores are to one: "
+        f"{sharing}. "
+        f"{kills['resumed']} of {kills['runs']} runs, killed {kills['kills']} times in all, had the records of one "
+        f"that was not, with at most {kills['repeated_most']} batch a kill screened again. Quick depth, AUROC against novel "
+        f"and plain prompts: {found}; {quick['report']['lanes_mean']:.2f} lanes a prompt, and at the best batch "
+        f"({best['batch']}) {percent(best['share_inside_unet'])} of the time inside the UNet."
+    )
+
+
 def attribution(result: dict[str, Any]) -> str:
     """How often the rare word is named first, and how well the map tells pinned places."""
     words, places = (dict(result[key]) for key in ("rare word first", "pinned places"))
@@ -165,15 +209,15 @@ def figures() -> str:
             "prompts. n is the number of images a decision.",
             detection_table(detection),
             f"With a higher AUROC at some step than the guard has by then, one image a decision: {above(detection)}. "
-            "A second look at 40 % of the steps was run on these rows first (verbatim 0.99988, one statistic above it "
-            "at the last step); half of the steps was then chosen on `tune` rows. "
+            "These rows were not unseen: the guard was run on them with one later look, at 40 % and then at 50 % of "
+            "the steps, and with three, before the looks of today were chosen on `tune` rows. "
             f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
             "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
             f"mean of 200 random halves: {conformal(load('conformal'))}.",
             "*A second checkpoint* (v-prediction, linear betas, another world; `benchmarks/reference/second`, in no "
-            "wheel), same default. One thing was changed by looking at it: a plain picture counts as settled only by "
-            "the detail it has, since the second look had flagged 56 % of its plain images; the floor is the one that "
-            "was there.",
+            "wheel), same default. Two things were changed by looking at it: a plain picture counts as settled only by "
+            "the detail that it has now, since a look at 50 % of the steps had flagged 56 % of its plain images; "
+            "and, by its `tune` rows, only by what it had at the deciding step. The floor is the one that was there.",
             detection_table(unseen),
             f"With a higher AUROC than the guard by then: {above(unseen)}. Flagged: {flagged(unseen)}. Its templates "
             f"are only partly memorized: {percent(second['template_reproduced'])} are reproduced, and "
@@ -189,10 +233,17 @@ def figures() -> str:
             "times those of plain sampling. The same on the second checkpoint "
             f"({other['stream_of_5_percent']:.3f} times):",
             mitigation_table(other),
+            "*Every mitigation* by itself: its first change, to all verbatim prompts, whatever the guard thinks of "
+            "it. Reproduced and on caption are shares of images; diversity is the distance between two seeds, distance "
+            "that from the unguarded image; lanes, seconds and memory are beyond an unguarded batch of four. The plan "
+            "tries first what gives most good images a lane on `tune` rows (no copy, and on caption) and can be "
+            "verified before it is walked to the end: `benchmarks/results/mitigations_tune.json`.",
+            mitigations_table(load("mitigations"), load("mitigations_tune")),
             f"*Explanation*: a rare word is named first by {attribution(load('attribution'))}.",
             "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
             "that is flagged:",
             evasion_table(load("evasion")),
+            f"*Screening*: {screening(load('screening'), load('quick'))}",
             f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed}.",
         )
     )
