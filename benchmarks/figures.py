@@ -164,8 +164,8 @@ def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
         f"and time grows with the power {scale['exponent']:.2f} of their number. Two workers on two cores are to one: "
         f"{sharing}. "
         f"{kills['resumed']} of {kills['runs']} runs, killed {kills['kills']} times in all, had the records of one "
-        f"that was not, with at most {kills['repeated_most']} batch a kill screened again. Quick depth, AUROC against novel "
-        f"and plain prompts: {found}; {quick['report']['lanes_mean']:.2f} lanes a prompt, and at the best batch "
+        f"that was not, with at most {kills['repeated_most']} batch a kill screened again. Quick depth, AUROC against "
+        f"novel and plain prompts: {found}; {quick['report']['lanes_mean']:.2f} lanes a prompt, and at the best batch "
         f"({best['batch']}) {percent(best['share_inside_unet'])} of the time inside the UNet."
     )
 

@@ -149,7 +149,7 @@ def probe(
 
     def traces(v: Tensor, index: Tensor) -> Tensor:
         """(2, N) of N probes: without the prompt, and with it."""
-        moved = perturb(call.x[index], v, FiniteDifference().step_for(call.x.dtype))
+        moved = perturb(call.x[index], v, FiniteDifference().step_for(call.x))
         point = torch.cat([moved.point] * 2)
         output = evaluate_lanes(unet, point, call.timestep, call.lanes.select(torch.cat([index, index + images])))
         e_hat = interpret(output, point, call.level, prediction_type).e_hat

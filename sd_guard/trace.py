@@ -143,6 +143,13 @@ _STEPS: Final[dict[tuple[str, torch.dtype], float]] = {
 }
 
 
+def _allows_tf32() -> bool:
+    try:
+        return bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set by torch's newer interface, to what this one has no words for
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class FiniteDifference:
     """Difference quotient: works with every attention kernel and dtype, and has the shape of an ordinary call.
@@ -165,13 +172,14 @@ class FiniteDifference:
         """Forward differences start from f(x)."""
         return self.scheme == "forward"
 
-    def step_for(self, dtype: torch.dtype) -> float:
-        """Relative step used for an input of `dtype`."""
+    def step_for(self, x: Tensor) -> float:
+        """Relative step used for an input like `x`; what is computed in TF32 has float16's precision."""
+        dtype = torch.float16 if x.dtype == torch.float32 and x.is_cuda and _allows_tf32() else x.dtype
         return self.step if self.step is not None else _STEPS[self.scheme, dtype]
 
     def __call__(self, f: RowFunction, x: Tensor, v: Tensor, fx: Tensor | None = None) -> Tensor:
         """``J v``, with differences taken in float32 or better."""
-        step = self.step_for(x.dtype)
+        step = self.step_for(x)
         ahead = perturb(x, v, step)
         after = at_least_float32(f(ahead.point))
         if self.scheme == "forward":

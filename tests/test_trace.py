@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def test_short_floats_on_a_unet(scheme: Any, dtype: torch.dtype) -> None:
 def test_default_steps_sit_at_the_minimum(scheme: Any, dtype: torch.dtype) -> None:
     """The error in J v is within 2.5 of the least around, and far below that of much shorter or longer steps."""
     x, v, truth = unet_truth()
-    step = FiniteDifference(scheme).step_for(dtype)
+    step = FiniteDifference(scheme).step_for(torch.empty(1, dtype=dtype))
     errors = [
         float((FiniteDifference(scheme, step * 2.0**k)(tiny_unet(dtype), x.to(dtype), v) - truth).norm())
         for k in (-4, -1, 0, 1, 3)
@@ -394,3 +395,14 @@ def test_neighbouring_seeds_have_different_probes(seed: int) -> None:
     """Up to the last bit of a seed: above 2^63 a list of integers would silently become floats."""
     first, second = draw_row_probes([seed, seed + 1], (4, 8, 8), 5, torch.device("cpu"))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(True, torch.float16), (False, torch.float32)])
+def test_what_is_computed_in_tf32_takes_longer_steps(allowed: bool, expected: torch.dtype) -> None:
+    """On CUDA, float32 convolutions have 10 bits of mantissa unless that is turned off."""
+    x: Any = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+        assert FiniteDifference().step_for(x) == FiniteDifference().step_for(torch.empty(1, dtype=expected))
+        assert FiniteDifference(step=0.25).step_for(x) == 0.25
+        like = torch.empty(1)
+        assert FiniteDifference().step_for(like) < FiniteDifference().step_for(like.half())  # on the CPU there is none

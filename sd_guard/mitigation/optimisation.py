@@ -141,7 +141,7 @@ def measure(
         v = draw_row_probes([subject.seed], point.shape[1:], 0, point.device, draw * probes + k)
         unit = subject.renoise(nothing, nothing + 1, 0) / level.s  # of the UNet's input, in the sampler's latents
         x = (point.detach() / unit).to(point.dtype)
-        moved = perturb(x, v, FiniteDifference().step_for(x.dtype))
+        moved = perturb(x, v, FiniteDifference().step_for(x))
         # Added to the point, not put in its place: the point may have a gradient of its own.
         ahead = subject.denoise(text, (point.float() + unit * (moved.point.float() - x.float())).to(point.dtype))
         trace = trace + probe_products(v, ahead.e_hat, there.e_hat, moved.step).total / probes

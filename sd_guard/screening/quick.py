@@ -285,7 +285,7 @@ class QuickScreener:
         traces: list[Tensor] = []
         for k in range(self.guard.probes):
             v = draw_row_probes(own, self.noise_shape, place.step, x.device, k)
-            moved = perturb(x, v, FiniteDifference().step_for(x.dtype))
+            moved = perturb(x, v, FiniteDifference().step_for(x))
             e_hat = interpret(self._evaluate(moved.point, place, texts), moved.point, place.level, kind).e_hat
             traces.append(probe_products(v, e_hat, base, moved.step).total)
         return trajectory_lid(base[0].numel(), place.level.s, torch.stack(traces).mean(0))

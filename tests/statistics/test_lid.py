@@ -194,7 +194,7 @@ def test_probe_products_show_where_the_image_is_pinned(dtype: torch.dtype) -> No
     x = torch.randn(2, 4, 8, 8, generator=seeded(1)).to(dtype)
     v = draw_probes(x.shape, seeded(2), "rademacher", "cpu")
     product = FiniteDifference()
-    moved = perturb(x, v, product.step_for(dtype))
+    moved = perturb(x, v, product.step_for(x))
     got = probe_products(v, f(moved.point), f(x), moved.step)
     assert got.local.shape == (2, 8, 8) and got.total.shape == (2,)
     tolerance = 0.35 if dtype == torch.bfloat16 else 2e-3
