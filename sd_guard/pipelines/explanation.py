@@ -28,7 +28,7 @@ class Explanation:
         step: the one that decided, an index into the schedule.
         count: steps of the schedule.
         words: shares of the words.
-        shown: the step of the first later look, where the image and the places are read.
+        shown: the step of the middle later look, where the image and the places are read.
         image: (3, h, w) the image that is predicted there, in [0, 1].
         left_open: (H, W) share of the directions of a place left open, with the prompt.
         left_open_without: (H, W) without it.
@@ -51,8 +51,8 @@ def look(
 ) -> Explanation:
     """Samples up to the guard's last look, and attributes what it saw.
 
-    Words are those of the observed steps; places are read at the first later look, since the local LID falls to 0
-    everywhere where the noise is high.
+    Words are those of the observed steps; places are read at the middle one of the later looks, since the local LID
+    falls to 0 everywhere where the noise is high.
 
     Args:
         pipe: a `GuardedStableDiffusionPipeline` with its guard on.
@@ -71,7 +71,8 @@ def look(
     guard = pipe.guard
     model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64])  # the probes that the guard would draw
     watching, text = Watching(guard, model, guard.steps(count), guard.later_steps(count)), read_text(pipe, prompt)
-    places = (*watching.later_steps, watching.steps[-1])[0]
+    # At the last of them the noise is less than the step of a difference quotient.
+    places = (*watching.later_steps, watching.steps[-1])[len(watching.later_steps) // 2]
     calls: list[StepCall] = []
     score, threshold, step, verdict = 0.0, guard.detector.threshold, 0, None
     for call in walk(pipe, [prompt], [seed], steps=steps, guidance_scale=guidance_scale):
