@@ -21,7 +21,7 @@ from sd_guard.screening.settings import ModelSettings
 def screen(bench: Bench) -> Iterator[Sequence[Case]]:
     """With no prompt in doubt, and with every one; a seed's control is there already, as of the second batch on.
 
-    `prompts` over `seconds` is the throughput.
+    `prompts` over `seconds` is the throughput. `flops` are the UNet's: prompts are encoded on another thread.
     """
     if bench.settings.compile:
         bench.pipe.unet = torch.compile(getattr(bench.pipe.unet, "_orig_mod", bench.pipe.unet))

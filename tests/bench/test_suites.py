@@ -72,7 +72,7 @@ def test_screen_is_held_to_the_same_calls_of_the_bare_unet(measure: Measure) -> 
         assert bare["lanes"] == quick["lanes"] == 3 * calls
         assert quick["extra_lanes"] == calls
         assert bare["prompts"] == quick["prompts"] == 3
-        assert quick["flops"] > bare["flops"]  # the text encoder's
+        assert quick["flops"] == bare["flops"]  # the text encoder's are of another thread, and not counted
 
 
 def test_every_mitigation_is_a_case() -> None:
