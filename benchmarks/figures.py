@@ -225,10 +225,10 @@ def figures() -> str:
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
             "checkpoint.",
             sweep_table(load("sweep"), load("sweep_unseen")),
-            "*Mitigation*, the default plan, three images of a memorized prompt and one of any other; the oracle is "
+            "*Mitigation*, the default plan, ten images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand:",
             mitigation_table(mitigation),
-            "These rows and seeds were seen before, by two earlier detectors; what was changed since was chosen on "
+            "These rows and some of the seeds were seen before, by three earlier detectors; what was changed since was chosen on "
             f"`tune` rows. Where one prompt in twenty is memorized, lanes are {mitigation['stream_of_5_percent']:.3f} "
             "times those of plain sampling. The same on the second checkpoint "
             f"({other['stream_of_5_percent']:.3f} times):",

@@ -24,7 +24,7 @@ from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.reference.reader import reads_as
 
 FIRST_SEED = 20_000  # nothing was chosen by looking at images of these seeds
-SEEDS = 3  # images a memorized prompt, which are few; one of every other
+SEEDS = 10  # images a memorized prompt, which are few; one of every other
 
 
 def generate_guarded(

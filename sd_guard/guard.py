@@ -91,7 +91,8 @@ class Guard:
             raise ValueError(f"observe_at={self.observe_at} must hold shares of the schedule in [0, 1), at least one")
         if not _are_shares(self.look_again_at):
             raise ValueError(
-                f"look_again_at={self.look_again_at} must hold shares of the schedule in [0, 1); () decides once and for all"
+                f"look_again_at={self.look_again_at} must hold shares of the schedule in [0, 1); () decides once and "
+                "for all"
             )
         if self.probes < 0:
             raise ValueError(f"probes={self.probes} is negative; 0 decides by the free statistics alone")
