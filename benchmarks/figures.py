@@ -228,8 +228,8 @@ def figures() -> str:
             "*Mitigation*, the default plan, ten images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand:",
             mitigation_table(mitigation),
-            "These rows and some of the seeds were seen before, by three earlier detectors; what was changed since was chosen on "
-            f"`tune` rows. Where one prompt in twenty is memorized, lanes are {mitigation['stream_of_5_percent']:.3f} "
+            "These rows and some of the seeds were seen before, by three earlier detectors; what was changed since was "
+            f"chosen on `tune` rows. Where one prompt in twenty is memorized, lanes are {mitigation['stream_of_5_percent']:.3f} "
             "times those of plain sampling. The same on the second checkpoint "
             f"({other['stream_of_5_percent']:.3f} times):",
             mitigation_table(other),
