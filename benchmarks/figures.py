@@ -229,8 +229,8 @@ def figures() -> str:
             "the rare phrase removed by hand:",
             mitigation_table(mitigation),
             "These rows and some of the seeds were seen before, by three earlier detectors; what was changed since was "
-            f"chosen on `tune` rows. Where one prompt in twenty is memorized, lanes are {mitigation['stream_of_5_percent']:.3f} "
-            "times those of plain sampling. The same on the second checkpoint "
+            "chosen on `tune` rows. Where one prompt in twenty is memorized, lanes are "
+            f"{mitigation['stream_of_5_percent']:.3f} times those of plain sampling. The same on the second checkpoint "
             f"({other['stream_of_5_percent']:.3f} times):",
             mitigation_table(other),
             "*Every mitigation* by itself: its first change, to all verbatim prompts, whatever the guard thinks of "
