@@ -50,7 +50,7 @@ def detection_table(result: dict[str, Any]) -> str:
     for by in (0.2, 0.4, 1.0):
         last = by * result["settings"]["steps"]
         looks = [max(own, key=lambda row: row["step"]) for own in looks_until(result, asked, last)]
-        rows.append((f"**guard**, by {percent(by)} of the steps", f"{looks[0]['lanes']:.3g}", *map(cell, looks)))
+        rows.append((f"**guard**, by {100 * by:.0f} % of the steps", f"{looks[0]['lanes']:.3g}", *map(cell, looks)))
     for name in sorted((name for name in merits if name != "guard"), key=lambda name: (-merits[name], name)):
         lanes = next(column[name]["lanes"] for column in columns if name in column)
         cells = [cell(column[name]) if name in column else "-" for column in columns]
@@ -166,7 +166,7 @@ def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
         f"{kills['resumed']} of {kills['runs']} runs, killed {kills['kills']} times in all, had the records of one "
         f"that was not, with at most {kills['repeated_most']} batch a kill screened again. Quick depth, AUROC against "
         f"novel and plain prompts: {found}; {quick['report']['lanes_mean']:.2f} lanes a prompt, and at the best batch "
-        f"({best['batch']}) {percent(best['share_inside_unet'])} of the time inside the UNet."
+        f"({best['batch']}) {percent(best['share_inside_unet'])} of the time inside the UNet, prompts being encoded on another thread."
     )
 
 
