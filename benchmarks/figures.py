@@ -226,7 +226,7 @@ def figures() -> str:
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
             "checkpoint.",
             sweep_table(load("sweep"), load("sweep_unseen")),
-            "*Mitigation*, the default plan, ten images of a memorized prompt and one of any other; the oracle is "
+            "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand:",
             mitigation_table(mitigation),
             "These rows and some of the seeds were seen before, by three earlier detectors; what was changed since was "

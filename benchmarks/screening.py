@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a little of each, to see that it runs")
     parser.add_argument("--images", type=int, default=320, help="of a run with the bundled checkpoint")
-    parser.add_argument("--kills", type=int, default=120)
+    parser.add_argument("--kills", type=int, default=150)
     options = parser.parse_args()
     images, kills = (32, 10) if options.smoke else (options.images, options.kills)
     result = {
