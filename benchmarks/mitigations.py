@@ -44,7 +44,7 @@ class TakeAnything(Policy):
         return True
 
 
-near = m.NearestMeaning()
+NEAREST = m.NearestMeaning()
 NONE = "none"
 DEFAULT = "default plan, verified"
 VARIANTS: dict[str, m.Mitigation] = {
@@ -67,7 +67,7 @@ VARIANTS: dict[str, m.Mitigation] = {
         for n in (1, 2, 4)
     },
     **{f"token_replacement, deletion {n}": m.TokenReplacement(rewriter=m.Deletion(), words=(n,)) for n in (1, 2, 4)},
-    "prompt_reanchoring, nearest": m.PromptReanchoring(rewriter=near),
+    "prompt_reanchoring, nearest": m.PromptReanchoring(rewriter=NEAREST),
     "prompt_reanchoring, deletion": m.PromptReanchoring(rewriter=m.Deletion()),
     **{f"lower_guidance {x:g}": m.LowerGuidance(scales=(x,)) for x in (3.0, 1.0)},
     **{f"delayed_guidance {x:g}": m.DelayedGuidance(until=(x,)) for x in (0.1, 0.2, 0.4)},

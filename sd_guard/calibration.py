@@ -54,7 +54,7 @@ class Calibration:
         probes: likewise.
         thresholds: step to threshold of the score of the observations up to that step.
         detector: settings of the detector that scored them, all but its threshold.
-        benign_scores: at the deciding step, ascending, one a prompt.
+        benign_scores: at the last look, ascending, one a prompt.
     """
 
     fingerprint: Fingerprint

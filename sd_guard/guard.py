@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from sd_guard.detection import Detector, PrematureDetail, Verdict
@@ -116,7 +117,9 @@ class Guard:
 
 
 def _are_shares(values: Any) -> bool:
-    return isinstance(values, tuple) and all(isinstance(share, int | float) and 0 <= share < 1 for share in values)
+    return isinstance(values, tuple | list) and all(
+        isinstance(share, Real) and 0 <= float(share) < 1 for share in values
+    )
 
 
 def step_at(share: float, count: int) -> int:

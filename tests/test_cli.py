@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import the_error
 
 from sd_guard.cli import main
 from sd_guard.reference import checkpoint_path
@@ -77,11 +78,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
 ) -> None:
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
+    assert message in the_error(capsys)
     assert sorted(folder.rglob("*")) == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,6 +111,10 @@ def test_what_is_no_guard_settings(text: str) -> None:
     with pytest.raises(ValueError, match=r"guard\.json does not hold guard settings") as caught:
         guard_from_json(text)
     assert "\n" not in str(caught.value)
+
+
+def test_shares_may_be_any_real_numbers_in_a_list() -> None:
+    assert Guard(observe_at=[np.float32(0.25)], look_again_at=[]).steps(100) == [25]  # type: ignore[arg-type]
 
 
 @given(shares, st.integers(1, 1000))

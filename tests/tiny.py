@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import pre_tokenizers
@@ -220,3 +221,12 @@ def watching(
 
 def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def the_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that was refused has said: one line, and nothing besides."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err

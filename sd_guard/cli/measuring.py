@@ -90,7 +90,7 @@ def calibrate_model(
 ) -> None:
     """Find the threshold of one configuration from benign prompts.
 
-    Images are sampled up to the deciding step only.
+    Images are sampled up to the guard's last look, and not decoded.
     """
     from sd_guard.screening.calibrating import CalibrationSettings, calibrate, plan_calibration
     from sd_guard.screening.loading import load_pipeline

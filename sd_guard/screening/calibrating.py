@@ -1,6 +1,6 @@
 """Calibrates a model on a list of benign prompts: the engine of `sd-guard calibrate`.
 
-Images are sampled only up to the step that decides, and never decoded. Finished batches are kept beside the calibration
+Images are sampled only up to the guard's last look, and never decoded. Finished batches are kept beside the calibration
 until that is written: whatever ends the work, no more than the batch in flight is lost.
 """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import the_error
 
 from sd_guard.bench import run
 from sd_guard.bench.results import revision
@@ -43,11 +44,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "build_pipeline", lambda *_: pytest.fail("a model was built"))
     assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert message in err
+    assert message in the_error(capsys)
     assert list(tmp_path.iterdir()) == []
 
 

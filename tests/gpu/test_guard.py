@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -125,30 +125,27 @@ def test_offload_changes_no_image_and_no_score(offload: str) -> None:
     assert torch.equal(scores(outputs[0].records), scores(outputs[1].records))
 
 
-@pytest.mark.gpu
-def test_xformers_changes_no_verdict_and_the_guard_no_image_with_it() -> None:
+def use_xformers(pipe: Any) -> None:
     pytest.importorskip("xformers")
+    pipe.enable_xformers_memory_efficient_attention()
+
+
+def compile_unet(pipe: Any) -> None:
+    pytest.importorskip("triton")
+    pipe.unet = torch.compile(pipe.unet)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", [use_xformers, compile_unet])
+def test_other_kernels_change_no_verdict_and_the_guard_no_image_with_them(change: Callable[[Any], None]) -> None:
     pipe = on("cuda", "float16")
     pipe.enable_guard(unflagging(EVERYBODY))
     without = sample(pipe)
-    pipe.enable_xformers_memory_efficient_attention()
+    change(pipe)
     watched = sample(pipe)
     pipe.disable_guard()
     assert torch.equal(watched.images, sample(pipe).images)
     assert (scores(watched.records) - scores(without.records)).abs().max() < BOUNDS["float16"][0]
-
-
-@pytest.mark.gpu
-def test_a_compiled_unet_changes_no_verdict_and_the_guard_no_image_with_it() -> None:
-    pytest.importorskip("triton")
-    pipe = on("cuda", "float16")
-    pipe.enable_guard(unflagging(EVERYBODY))
-    eager = sample(pipe)
-    pipe.unet = torch.compile(pipe.unet)
-    watched = sample(pipe)
-    pipe.disable_guard()
-    assert torch.equal(watched.images, sample(pipe).images)
-    assert (scores(watched.records) - scores(eager.records)).abs().max() < BOUNDS["float16"][0]
 
 
 @pytest.mark.gpu
