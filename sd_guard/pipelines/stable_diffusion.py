@@ -205,8 +205,6 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         assert self._guard is not None
         check_pipeline(self)
         check_plan(self, self._guard)
-        if isinstance(arguments["prompt"], (list, tuple)) and not arguments["prompt"]:
-            raise ValueError(f"prompt={arguments['prompt']!r} holds no prompt: give at least one")
         if arguments["clip_skip"] is not None and not hasattr(self.text_encoder, "text_model"):
             raise ValueError(
                 f"clip_skip={arguments['clip_skip']} does not work with the installed diffusers and transformers: "

@@ -204,8 +204,3 @@ def test_a_calibration_is_saved_with_the_guard(guarded: Any, tmp_path: Any) -> N
     pipe.enable_guard(Guard())
     pipe.save_pretrained(tmp_path)
     assert GuardedStableDiffusionPipeline.from_pretrained(tmp_path).calibration is None
-
-
-def test_no_prompt_is_one_line(guarded: Any) -> None:
-    with pytest.raises(ValueError, match=r"prompt=\[\] holds no prompt: give at least one"):
-        latents_of(guarded(watching()), prompt=[], generator=None)
