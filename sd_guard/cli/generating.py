@@ -142,10 +142,7 @@ def _conclude(plan: Plan, summary: Summary) -> None:
         typer.echo(f"warning: rows of the list that were left out: {skipped}; see {where}", err=True)
     if calibration is not None and (warning := drift_warning(scores_of(plan.store), calibration)) is not None:
         typer.echo(f"warning: {warning}", err=True)
-    if plan.store.local is not None:
-        write_page(plan.store.local, calibration)
-    else:
-        typer.echo(f"report: none is written at an address; copy {plan.store.address} here, then sd-guard report")
+    write_page(plan.store.address, calibration)
     if summary.reasons:
         causes = ", ".join(f"{reason} x {times}" for reason, times in summary.reasons.most_common(3))
         unscored = summary.total.unscored

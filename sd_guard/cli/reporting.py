@@ -11,7 +11,7 @@ from sd_guard.cli.options import BAD_ARGUMENTS, FAILED, one_line
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or its address.")],
     calibration: Annotated[Path | None, typer.Option(help="The calibration that the run was made with.")] = None,
 ) -> None:
     """Write report.html anew.
@@ -23,8 +23,8 @@ def report(
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="A run folder.")],
-    run_b: Annotated[Path, typer.Argument(help="Another one, of the same prompts.")],
+    run_a: Annotated[str, typer.Argument(help="A run folder, or its address.")],
+    run_b: Annotated[str, typer.Argument(help="Another one, of the same prompts.")],
     out: Annotated[Path | None, typer.Option(help="HTML file to write.  [default: compare.html in RUN_B]")] = None,
 ) -> None:
     """Compare two runs image by image.
@@ -36,15 +36,15 @@ def compare(
             raise ValueError(f"{out}: is no .html; name an HTML file with --out")
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"{out.parent}: no such folder; make it first")
-    from sd_guard.report.compare import COMPARE_FILE, compare_runs, summary, write_comparison
+    from sd_guard.report.compare import compare_runs, summary, write_comparison
 
     with one_line(FAILED):
         comparison = compare_runs(run_a, run_b)
         typer.echo(summary(comparison))
-        typer.echo(f"page: {write_comparison(comparison, run_a, run_b, out or run_b / COMPARE_FILE)}")
+        typer.echo(f"page: {write_comparison(comparison, run_a, run_b, out)}")
 
 
-def write_page(run: Path, calibration: Path | None) -> None:
+def write_page(run: str, calibration: Path | None) -> None:
     """Writes a run's report, and says where it is."""
     from sd_guard.report.page import write_report
 

@@ -18,6 +18,7 @@ from sd_guard.report.rows import Places, RunRows, open_rows
 from sd_guard.report.texts import PromptText, Texts
 from sd_guard.screening.records import Row, write_atomic
 from sd_guard.screening.settings import read_manifest
+from sd_guard.screening.storage import Store
 
 COMPARE_FILE: Final = "compare.html"
 MAX_SHOWN: Final = 100  # rows of each list
@@ -100,17 +101,18 @@ class Single:
     total: int
 
 
-def compare_runs(run_a: Path, run_b: Path) -> Comparison:
-    """Joins two run folders by prompt and seed.
+def compare_runs(run_a: Path | str, run_b: Path | str) -> Comparison:
+    """Joins two run folders, or runs at addresses, by prompt and seed.
 
     Raises:
         ValueError: If a folder is no run, both are the same one, or they share no image.
     """
-    if run_a.resolve() == run_b.resolve():
+    a, b = Store.at(run_a), Store.at(run_b)
+    if a.is_same(b):
         raise ValueError(f"{run_b}: is the same run twice; name two runs")
-    for run in (run_a, run_b):
+    for run in (a, b):
         read_manifest(run)
-    return join(open_rows(run_a), open_rows(run_b), names=(str(run_a), str(run_b)))
+    return join(open_rows(a), open_rows(b), names=(a.address, b.address))
 
 
 def join(a: RunRows, b: RunRows, *, names: tuple[str, str]) -> Comparison:
@@ -153,17 +155,17 @@ def summary(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def write_comparison(comparison: Comparison, run_a: Path, run_b: Path, out: Path) -> Path:
+def write_comparison(comparison: Comparison, run_a: Path | str, run_b: Path | str, out: Path | None = None) -> str:
     """Writes the page.
 
     Args:
         comparison: Of `compare_runs`.
-        run_a: Folder of the first run.
+        run_a: Folder of the first run, or its address.
         run_b: Of the second.
-        out: The HTML file.
+        out: The HTML file; None writes `COMPARE_FILE` beside the second run's records.
 
     Returns:
-        Its path.
+        Where it is: a path, or an address.
     """
     texts, pictures = Texts(), (Pictures(run_a), Pictures(run_b))
     shift = comparison.shift
@@ -188,8 +190,12 @@ def write_comparison(comparison: Comparison, run_a: Path, run_b: Path, out: Path
         differences=_differences(*(describe(manifest) for manifest in manifests)),
         pictures_left_out=sum(each.left_out for each in pictures),
     )
-    write_atomic(out, page.encode())
-    return out
+    if out is not None:
+        write_atomic(out, page.encode())
+        return str(out)
+    store = Store.at(run_b)
+    store.write(COMPARE_FILE, page.encode())
+    return store.where(COMPARE_FILE)
 
 
 def _first_places(rows: RunRows) -> dict[tuple[str, int], int]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from PIL import Image
+
+from sd_guard.screening.storage import Store
 
 MAX_SIDE: Final = 224
 TINY_SIDE: Final = 128  # at most this wide and high: kept exact, and shown with hard pixels
@@ -32,9 +34,9 @@ class Pictures:
         left_out: Images that were not read any more, for those before them had filled `BUDGET`.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path | str | Store) -> None:
         self.left_out = 0
-        self._run = run.resolve()
+        self._run = Store.at(run)
         self._left = BUDGET
         self._seen: dict[tuple[str, int], Picture | None] = {}
 
@@ -57,10 +59,9 @@ class Pictures:
 
     def _read(self, relative: str, side: int) -> Picture | None:
         try:
-            path = (self._run / relative).resolve()
-            if not path.is_relative_to(self._run):
+            if not _is_inside(self._run, relative):
                 return None
-            with Image.open(path, formats=["PNG"]) as file:
+            with self._run.open(relative) as source, Image.open(source, formats=["PNG"]) as file:
                 image = file.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
@@ -74,3 +75,11 @@ class Pictures:
         kind = "png" if is_tiny else "jpeg"
         uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
         return Picture(uri=uri, width=image.width, height=image.height, is_tiny=is_tiny)
+
+
+def _is_inside(run: Store, relative: str) -> bool:
+    """Whether a name that was read from records leads to a file of the run: not up, and by no link out of it."""
+    name = PurePosixPath(relative)
+    if name.is_absolute() or ".." in name.parts:
+        return False
+    return run.local is None or (run.local / name).resolve().is_relative_to(run.local.resolve())

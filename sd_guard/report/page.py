@@ -17,8 +17,9 @@ from sd_guard.report.images import Pictures
 from sd_guard.report.mitigating import arrow_chart, mitigations
 from sd_guard.report.rows import NO_FAMILY, Places, RunRows, open_rows
 from sd_guard.report.texts import Texts
-from sd_guard.screening.records import Row, write_atomic
+from sd_guard.screening.records import Row
 from sd_guard.screening.settings import read_manifest
+from sd_guard.screening.storage import Store
 
 REPORT_FILE: Final = "report.html"
 MAX_TABLE_FAMILIES: Final = 40
@@ -39,28 +40,30 @@ class Counts:
     lanes: float
 
 
-def write_report(run: Path, *, calibration: Path | None = None) -> Path:
+def write_report(run: Path | str | Store, *, calibration: Path | None = None) -> str:
     """Writes `report.html` into a run folder, finished or not.
 
     Args:
-        run: The folder.
+        run: The folder, or its address.
         calibration: The calibration file of the run, to show its benign scores too.
 
     Returns:
-        The path of the page.
+        Where the page is: a path, or an address.
 
     Raises:
         ValueError: If the folder holds no run, a file of it is damaged, or the calibration is not the run's.
     """
-    rows, manifest = open_rows(run), read_manifest(run)
+    store = Store.at(run)
+    rows, manifest = open_rows(store), read_manifest(store)
     benign = () if calibration is None else _benign_scores(calibration, manifest)
-    html = render(run, rows, manifest, benign_scores=benign)
-    path = run / REPORT_FILE
-    write_atomic(path, html.encode())
-    return path
+    html = render(store, rows, manifest, benign_scores=benign)
+    store.write(REPORT_FILE, html.encode())
+    return store.where(REPORT_FILE)
 
 
-def render(run: Path, rows: RunRows, manifest: Mapping[str, Any], *, benign_scores: tuple[float, ...] = ()) -> str:
+def render(
+    run: Path | Store, rows: RunRows, manifest: Mapping[str, Any], *, benign_scores: tuple[float, ...] = ()
+) -> str:
     """The page as text."""
     pictures, texts = Pictures(run), Texts()
     families = rows.by_family()

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sd_guard.screening.records import SCHEMA, Row, scan_run
+from sd_guard.screening.storage import Store
 
 NO_FAMILY: Final = "-"
 _FEW: Final = ("prompt", "family", "seed", "score", "flagged", "outcome", "extra_lanes")
@@ -78,13 +79,13 @@ class RunRows:
         return dict(zip(order, np.split(np.argsort(codes, kind="stable"), ends[:-1]), strict=True))
 
 
-def open_rows(run: Path) -> RunRows:
+def open_rows(run: Path | str | Store) -> RunRows:
     """Opens a run folder, finished or not.
 
     Raises:
         ValueError: If the folder holds no records, or a file of it is damaged.
     """
-    return _rows(partial(scan_run, run))
+    return _rows(partial(scan_run, Store.at(run)))
 
 
 def rows_of(rows: Sequence[Mapping[str, Any]]) -> RunRows:

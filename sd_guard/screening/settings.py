@@ -294,7 +294,7 @@ def finish_manifest(run: Path | Store, *, fingerprint: str | None = None) -> Non
         store.write(RUN_FILE, _json({**manifest, "fingerprint": fingerprint, "finished": finished}))
 
 
-def read_manifest(run: Path | Store) -> dict[str, Any]:
+def read_manifest(run: Path | str | Store) -> dict[str, Any]:
     """The content of `run.json`.
 
     Raises:

@@ -56,6 +56,16 @@ class Store:
         """The folder's path; None if it is not on this machine."""
         return Path(self.root) if isinstance(self.files, LocalFileSystem) else None
 
+    def where(self, name: str) -> str:
+        """Where a file is: its path, or its address."""
+        return f"{self.address}/{name}" if self.local is None else str(self.local / name)
+
+    def is_same(self, other: Store) -> bool:
+        """True if both are one folder, however it was written."""
+        if self.local is not None and other.local is not None:
+            return self.local.resolve() == other.local.resolve()
+        return self.root == other.root and self.files == other.files
+
     def names(self, folder: str = "") -> list[str]:
         """Names of the files and folders in a folder, sorted; none if it is not there. Half-written files are not."""
         path = self._path(folder)

@@ -72,7 +72,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     rows.append(flagged_row(len(rows), prompt=LONG, family="long", score=0.8, image=picture))
     rows += [row(len(rows) + i, prompt="seeds", seed=i, image=picture) for i in range(3)]
-    return write_report(make_run(run, rows))
+    return Path(write_report(make_run(run, rows)))
 
 
 def test_the_console_is_silent_and_nothing_is_asked_for(browser: Any, report: Path) -> None:
@@ -201,7 +201,7 @@ def test_without_scripts_everything_is_shown(browser: Any, report: Path) -> None
 
 def test_a_comparison_is_as_silent(browser: Any, report: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "b", [row(i, prompt=text) for i, text in enumerate([*HOSTILE, LONG])])
-    path = write_comparison(compare_runs(report.parent, other), report.parent, other, tmp_path / "c.html")
+    path = Path(write_comparison(compare_runs(report.parent, other), report.parent, other, tmp_path / "c.html"))
     opened = Opened(browser, path)
     opened.page.set_viewport_size({"width": 390, "height": 800})
     assert opened.said == []
@@ -221,7 +221,7 @@ def test_a_hundred_thousand_rows_open_at_once(browser: Any, tmp_path: Path) -> N
         save_image(tmp_path, f"{i}.png")
         Image.fromarray(noise.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
     pq.write_table(many_rows(total, images), tmp_path / "records.parquet")
-    path = write_report(tmp_path)
+    path = Path(write_report(tmp_path))
     assert 7_000_000 < path.stat().st_size < 15_000_000
     assert "pictures were left out to keep this page small" in path.read_text(encoding="utf-8")
     assert "2\u202f000 of 100\u202f000 images; the others are in the records" in path.read_text(encoding="utf-8")

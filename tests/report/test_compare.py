@@ -62,7 +62,7 @@ def test_the_page_shows_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pictures = [save_image(a, "x.png"), save_image(b, "y.png")]
     make_run(a, [each | {"image": pictures[0]} for each in A])  # type: ignore[misc]
     make_run(b, [each | {"image": pictures[1]} for each in B], threshold=0.75, configuration={"steps": 20})  # type: ignore[misc]
-    html = write_comparison(compare_runs(a, b), a, b, tmp_path / "c.html").read_text(encoding="utf-8")
+    html = Path(write_comparison(compare_runs(a, b), a, b, tmp_path / "c.html")).read_text(encoding="utf-8")
     assert "1 newly flagged, 1 no longer flagged" in html
     assert "0.500 in the first run, 0.750 in the second" in html
     assert '<tr><th scope="row">steps</th><td>50</td><td>20</td></tr>' in html
@@ -85,7 +85,7 @@ def test_hostile_prompts_are_text(tmp_path: Path) -> None:
     rows = [flagged_row(i, prompt=text, family=text[:50]) for i, text in enumerate(HOSTILE)]
     other = [row(i, prompt=text) for i, text in enumerate(HOSTILE)]
     a, b = make_run(tmp_path / "a", rows), make_run(tmp_path / "b", other)
-    html = write_comparison(compare_runs(a, b), a, b, tmp_path / "c.html").read_text(encoding="utf-8")
+    html = Path(write_comparison(compare_runs(a, b), a, b, tmp_path / "c.html")).read_text(encoding="utf-8")
     assert html.count("<script") == html.count("<style") == 1
     assert "&lt;script&gt;alert(1)" in html and "onerror" in html and "<img" not in html
     assert not re.search(r"[\x00\x07\x1b]", html)

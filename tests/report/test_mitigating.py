@@ -44,7 +44,7 @@ def test_an_arrow_goes_from_before_to_the_last_attempt() -> None:
 def test_a_run_without_attempts_has_no_such_section(tmp_path: Path) -> None:
     assert mitigations(rows_of([ROWS[0], ROWS[4]])) == [] == mitigations(rows_of([]))
     assert arrow_chart([ROWS[0], ROWS[4]], 0.25, Texts()) is None
-    html = write_report(make_run(tmp_path / "with", ROWS)).read_text(encoding="utf-8")
+    html = Path(write_report(make_run(tmp_path / "with", ROWS))).read_text(encoding="utf-8")
     assert "What mitigation cost and brought" in html and "resemblance 0.400: rescued" in html
-    html = write_report(make_run(tmp_path / "without", [ROWS[0]])).read_text(encoding="utf-8")
+    html = Path(write_report(make_run(tmp_path / "without", [ROWS[0]]))).read_text(encoding="utf-8")
     assert "What mitigation cost and brought" not in html

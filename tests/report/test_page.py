@@ -48,7 +48,7 @@ def hostile(tmp_path: Path) -> tuple[Reader, str]:
     changes = {"flagged": True, "image": picture, "statistics": [value], "attempts": [tried], "outcome": "blocked"}
     rows = [row(i, prompt=text, family=text[:90], reason=text[:90], **changes) for i, text in enumerate(HOSTILE)]
     rows += [row(len(rows) + i, prompt=text, seed=1, outcome="unscored", score=None) for i, text in enumerate(HOSTILE)]
-    html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
+    html = Path(write_report(make_run(tmp_path, rows))).read_text(encoding="utf-8")
     return Reader(html), html
 
 
@@ -93,7 +93,7 @@ def test_what_is_drawn_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(gallery, "MAX_DRAWN", 60)
     monkeypatch.setattr(gallery, "MAX_CARDS", 20)
     rows = [flagged_row(i) if i % 3 == 0 else row(i) for i in range(90)]
-    html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
+    html = Path(write_report(make_run(tmp_path, rows))).read_text(encoding="utf-8")
     assert html.count('<li class="card"') == 20
     assert html.count('<li class="line"') == 40
     assert "60 of 90 images; the others are in the records" in html
@@ -104,22 +104,22 @@ def test_what_is_drawn_is_thinned_and_says_so(tmp_path: Path, monkeypatch: pytes
 
 def test_families_are_thinned_and_say_so(tmp_path: Path) -> None:
     rows = [row(i, family=f"family {i}") for i in range(MAX_TABLE_FAMILIES + 5)]
-    html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
+    html = Path(write_report(make_run(tmp_path, rows))).read_text(encoding="utf-8")
     assert f"The {MAX_TABLE_FAMILIES} largest of {len(rows)} families" in html
     assert f"{len(rows) - 11} other families" in html
 
 
 def test_seeds_of_one_prompt_stand_side_by_side(tmp_path: Path) -> None:
     rows = [row(i, prompt="same", seed=i, image=save_image(tmp_path / "a", f"{i}.png")) for i in range(3)]
-    assert "The seed wall" in write_report(make_run(tmp_path / "a", rows)).read_text(encoding="utf-8")
-    assert "The seed wall" not in write_report(make_run(tmp_path / "b", [rows[0], row(1), row(2)])).read_text()
+    assert "The seed wall" in Path(write_report(make_run(tmp_path / "a", rows))).read_text(encoding="utf-8")
+    assert "The seed wall" not in Path(write_report(make_run(tmp_path / "b", [rows[0], row(1), row(2)]))).read_text()
     bare = [{**each, "image": None} for each in rows]
-    assert "The seed wall" not in write_report(make_run(tmp_path / "c", bare)).read_text()  # type: ignore[arg-type]
+    assert "The seed wall" not in Path(write_report(make_run(tmp_path / "c", bare))).read_text()  # type: ignore[arg-type]
 
 
 def test_a_quick_run_is_a_list(tmp_path: Path) -> None:
     rows = [row(0, flagged=True, outcome="flagged", score=2.0), row(1, outcome="unscored", score=None, reason="why")]
-    html = write_report(make_run(tmp_path, [*rows, row(2)])).read_text(encoding="utf-8")
+    html = Path(write_report(make_run(tmp_path, [*rows, row(2)]))).read_text(encoding="utf-8")
     assert html.count('<li class="line"') == 3
     assert '<li class="card"' not in html
     assert "1 image was flagged by the first steps alone (quick depth)" in html
@@ -149,7 +149,7 @@ def test_near_duplicates_are_gathered_and_yield_their_cards(tmp_path: Path, monk
     monkeypatch.setattr(gallery, "MAX_CARDS", 2)
     near = [flagged_row(3 - i, prompt=f"a cat on a long red mat in the sun{'!' * i}", seed=i) for i in range(3)]
     other = flagged_row(0, prompt="quite another thing")
-    html = write_report(make_run(tmp_path, sorted([*near, other], key=lambda each: each["index"]))).read_text()
+    html = Path(write_report(make_run(tmp_path, sorted([*near, other], key=lambda each: each["index"])))).read_text()
     cards = re.findall(r'<li class="card".*?</li>\n', html, flags=re.DOTALL)
     assert len(cards) == 2
     assert "a cat on a long red mat in the sun<" in cards[0] and "2 near-duplicates of this prompt" in cards[0]
@@ -160,7 +160,7 @@ def test_near_duplicates_are_gathered_and_yield_their_cards(tmp_path: Path, monk
 def test_long_prompts_are_cut_once_they_fill_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "BUDGET", 15_000)
     rows = [row(i, prompt=f"{i} {'& ' * 1000}end{i}") for i in range(4)]
-    html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
+    html = Path(write_report(make_run(tmp_path, rows))).read_text(encoding="utf-8")
     assert [f"end{i}<" in html for i in range(4)] == [False, False, True, True]
     assert html.count("the first 140 of 2006 characters; all of it is in the records") == 2
 
@@ -168,7 +168,7 @@ def test_long_prompts_are_cut_once_they_fill_the_page(tmp_path: Path, monkeypatc
 def test_pictures_are_left_out_once_they_fill_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "BUDGET", 1)
     rows = [flagged_row(i, image=save_image(tmp_path, f"{i}.png")) for i in range(3)]
-    html = write_report(make_run(tmp_path, rows)).read_text(encoding="utf-8")
+    html = Path(write_report(make_run(tmp_path, rows))).read_text(encoding="utf-8")
     assert html.count("<img") == 1
     assert "2 pictures were left out to keep this page small" in html
 
@@ -201,7 +201,7 @@ def test_benign_scores_of_the_runs_own_calibration_are_shown(tmp_path: Path) -> 
     ).save(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     own = make_run(tmp_path / "own", [row(0)], configuration={"calibration": digest}, threshold=0.5)
-    html = write_report(own, calibration=path).read_text(encoding="utf-8")
+    html = Path(write_report(own, calibration=path)).read_text(encoding="utf-8")
     assert "benign, of the calibration" in html and "3 scored, 1 flagged" in html
     other = make_run(tmp_path / "other", [row(0)], configuration={"calibration": None})
     with pytest.raises(ValueError, match="made with no calibration; leave --calibration out"):

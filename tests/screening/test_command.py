@@ -42,9 +42,9 @@ def test_an_address_is_written_to_resumed_and_never_half_there(
 ) -> None:
     address = f"memory://{folder.name}/run"
     assert main(command("--fold-duplicates", out=address)) == 0
-    assert "report: none is written at an address" in capsys.readouterr().out
+    assert f"report: {address}/report.html" in capsys.readouterr().out
     store = Store.at(address)
-    assert store.names() == ["duplicates.parquet", "jobs.parquet", "records.parquet", "run.json"]
+    assert store.names() == ["duplicates.parquet", "jobs.parquet", "records.parquet", "report.html", "run.json"]
     assert [row["prompt"] for row in read_run(store)] == ["Café", "b", "a rather long prompt"]
     with fsspec.open(f"{address}/records.parquet") as file:
         assert pq.read_table(file).num_rows == 3
@@ -62,6 +62,22 @@ def test_images_go_to_an_address_too(folder: Path, monkeypatch: pytest.MonkeyPat
     for row in read_run(store):
         assert row["image"] is not None
         assert store.read(row["image"]).startswith(b"\x89PNG")
+    assert store.read("report.html").count(b'src="data:image/png') == len(read_run(store))
+
+
+def test_pages_are_made_of_addresses_and_written_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (f"memory://{folder.name}/{name}" for name in ("first", "second"))
+    assert main(command(out=a)) == main(command(out=b)) == 0
+    Store.at(a).remove("report.html")
+    assert main(["report", a]) == 0
+    assert Store.at(a).read("report.html").startswith(b"<!doctype html>")
+    assert main(["compare", a, b]) == 0
+    assert f"page: {b}/compare.html" in capsys.readouterr().out
+    assert Store.at(b).exists("compare.html")
+    assert main(["compare", a, f"{a}/"]) == 1
+    assert "is the same run twice" in capsys.readouterr().err
+    assert main(["report", f"memory://{folder.name}/none"]) == 1
+    assert "holds no records" in capsys.readouterr().err
 
 
 def test_duplicates_are_screened_once_and_say_which_row_stands_for_them(folder: Path) -> None:
