@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,7 +62,7 @@ class ExplainedScreener:
                 for word, weight in zip(found.words.words, found.words.scores, strict=True)
             ]
             row["map"] = f"{IMAGES_FOLDER}/{job.index:06d}-{job.seed}-map.png"
-            images[row["map"]] = draw_map(found)
+            images[row["map"]] = partial(draw_map, found)
         return Screened(screened.rows, images)
 
 

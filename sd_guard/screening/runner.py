@@ -1,10 +1,11 @@
 """Screens a prompt list: read, batch, screen, write, merge. Nothing that was done is lost, whatever ends the run.
 
 `jobs.parquet` has every image of the run, in order. Batches are cut from it at multiples of the batch size, whoever
-screens them and whatever was done before, and each becomes one shard, written while the next one is screened. So on
-machines of one kind rows are bit for bit the same with any engine and number of workers, and after any interruption.
-With another batch size, and in a batch that had to be halved, they differ by the rounding of the model's dtype; at
-quick depth not even by that. A kill costs the batch in flight, and the one before where that was being written.
+screens them and whatever was done before, and each becomes one shard, whose images are decoded and which is written
+while the next one is screened. So on machines of one kind rows are bit for bit the same with any engine and number of
+workers, and after any interruption. With another batch size, and in a batch that had to be halved, they differ by the
+rounding of the model's dtype; at quick depth not even by that. A kill costs the batch in flight, and the one before
+where that was being written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -217,15 +218,32 @@ def screen_batch(screener: Screener, jobs: Sequence[Job]) -> Screened:
 
 
 def write_batch(store: Store, screened: Screened) -> tuple[Shard, str | None]:
-    """Writes a batch, the images first, so that a row never names a file that is not there.
+    """Makes and writes a batch's images, and then its rows, so that none names a file that is not there.
 
     Returns:
         The shard, and why one of its rows is unscored, if one is.
     """
-    for name, image in screened.images.items():
-        store.write(name, png(image))
-    reason = next((row["reason"] for row in screened.rows if row["outcome"] == "unscored"), None)
-    return write_shard(store, screened.rows), reason
+    failed: dict[str, str] = {}
+    for name, make in screened.images.items():
+        try:
+            content = png(make())
+        except Exception as error:  # whatever the model raises
+            failed[name] = first_line(error)
+        else:
+            store.write(name, content)
+    rows = [_without_images(row, failed) for row in screened.rows]
+    reason = next((row["reason"] for row in rows if row["outcome"] == "unscored"), None)
+    return write_shard(store, rows), reason
+
+
+def _without_images(row: Row, failed: Mapping[str, str]) -> Row:
+    """The row without the images that could not be made; without its own, it is `unscored`."""
+    if (reason := failed.get(row["image"] or "")) is not None:
+        return unscored_row(
+            prompt=row["prompt"], family=row["family"], seed=row["seed"], index=row["index"], reason=reason
+        )
+    before, where = (None if row[key] in failed else row[key] for key in ("image_before", "map"))
+    return {**row, "image_before": before, "map": where}
 
 
 @contextmanager

@@ -6,11 +6,12 @@ A screener says nothing of files, batches that fail, or processes: that is the e
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from sd_guard.screening.decoding import Decode, decode_later
 from sd_guard.screening.jobs import Job
 from sd_guard.screening.loading import first_line
 from sd_guard.screening.records import Row, record_row, write_atomic
@@ -25,11 +26,11 @@ IMAGES_FOLDER: Final = "images"
 
 
 class Output(Protocol):
-    """What a pipeline returns: one image and, with the guard enabled, one record a prompt."""
+    """What a pipeline returns: the latents of one image and, with the guard enabled, one record a prompt."""
 
     @property
-    def images(self) -> list[Image]:
-        """In the order of the prompts."""
+    def images(self) -> Any:
+        """(B, C, H, W) latents, in the order of the prompts."""
         ...
 
     @property
@@ -63,11 +64,12 @@ class Screened:
 
     Attributes:
         rows: One a job, in their order; their image paths are keys of `images`.
-        images: Still to be written: path of the PNG, relative to the run folder, to the image.
+        images: Still to be made and written: path of the PNG, relative to the run folder, to what makes the image.
+            Making it may raise whatever the model raises.
     """
 
     rows: list[Row]
-    images: Mapping[str, Image] = field(default_factory=dict["str", "Image"])
+    images: Mapping[str, Callable[[], Image]] = field(default_factory=dict[str, Callable[[], "Image"]])
 
 
 class Screener(Protocol):
@@ -91,11 +93,13 @@ class FullScreener:
         pipe: Guard enabled.
         model: The sampling.
         keep_before: Also make the unguarded image of every flagged one.
+        decode: Makes images of latents.
     """
 
     pipe: Pipeline
     model: ModelSettings
     keep_before: bool = False
+    decode: Decode = decode_later
 
     @property
     def threshold(self) -> float | None:
@@ -109,31 +113,31 @@ class FullScreener:
             raise RuntimeError("the pipeline did not return one image and one record a prompt")
         flagged = [job for job, record in zip(jobs, output.records, strict=True) if record.verdict == "flag"]
         unguarded = self._unguarded(flagged) if self.keep_before and flagged else {}
-        images: dict[str, Image] = {}
+        images: dict[str, Callable[[], Image]] = {}
         rows: list[Row] = []
-        for job, record, image in zip(jobs, output.records, output.images, strict=True):
+        for job, record, latents in zip(jobs, output.records, output.images, strict=True):
             row = record_row(record, prompt=job.prompt, family=job.family, seed=job.seed, index=job.index)
             name = f"{IMAGES_FOLDER}/{job.index:06d}-{job.seed}"
             if row["outcome"] != "blocked":
                 row["image"] = f"{name}.png"
-                images[row["image"]] = image
+                images[row["image"]] = self.decode(self.pipe, latents)
             if job.index in unguarded:
                 row["image_before"] = f"{name}-before.png"
-                images[row["image_before"]] = unguarded[job.index]
+                images[row["image_before"]] = self.decode(self.pipe, unguarded[job.index])
             elif self.keep_before:  # the guard changed nothing
                 row["image_before"] = row["image"]
             rows.append(row)
         return Screened(rows, images)
 
-    def _unguarded(self, jobs: Sequence[Job]) -> dict[int, Image]:
-        """The images of these jobs with the guard disabled, by their index."""
+    def _unguarded(self, jobs: Sequence[Job]) -> dict[int, Any]:
+        """The latents of these jobs with the guard disabled, by their index."""
         guard, calibration = self.pipe.guard, getattr(self.pipe, "calibration", None)
         self.pipe.disable_guard()
         try:
             output: Output = generate(self.pipe, jobs, self.model)
         finally:
             self.pipe.enable_guard(guard, calibration=calibration)
-        return {job.index: image for job, image in zip(jobs, output.images, strict=True)}
+        return {job.index: latents for job, latents in zip(jobs, output.images, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +165,7 @@ class AutoScreener:
         """Rows of either depth."""
         rows = self.quick.screen(jobs).rows
         again = [place for place, row in enumerate(rows) if _needs_more(row)]
-        images: dict[str, Image] = {}
+        images: dict[str, Callable[[], Image]] = {}
         for start in range(0, len(again), self.batch_size):
             places = again[start : start + self.batch_size]
             screened = self.full.screen([jobs[place] for place in places])
@@ -179,7 +183,7 @@ def _needs_more(row: Row) -> bool:
 
 
 def generate(pipe: Pipeline, jobs: Sequence[Job], model: ModelSettings) -> Any:
-    """One call of the pipeline, each image from its own CPU generator: an `Output`."""
+    """One call of the pipeline, each image from its own CPU generator, to its latents: an `Output`."""
     import torch
 
     size = {name: pixels for name, pixels in (("height", model.height), ("width", model.width)) if pixels is not None}
@@ -189,7 +193,7 @@ def generate(pipe: Pipeline, jobs: Sequence[Job], model: ModelSettings) -> Any:
         num_inference_steps=model.steps,
         guidance_scale=model.guidance_scale,
         num_images_per_prompt=1,
-        output_type="pil",
+        output_type="latent",
         **size,
     )
 
@@ -202,11 +206,12 @@ def generate_one(pipe: Pipeline, prompt: str, settings: ModelSettings, *, seed: 
     """
     try:
         screened = FullScreener(pipe, settings).screen([Job(0, prompt, None, seed)])
+        images = [image() for image in screened.images.values()]
     except Exception as error:  # whatever the model raises
         raise ValueError(f"the image could not be made ({first_line(error)})") from error
     (row,) = screened.rows
     if row["image"] is not None:
-        write_atomic(out, png(screened.images[row["image"]]))
+        write_atomic(out, png(images[0]))
         row["image"] = out.name
     return row
 

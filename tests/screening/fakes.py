@@ -67,7 +67,7 @@ class Pretender:
         )
 
     def screener(self, settings: RunSettings) -> Screener:
-        return FullScreener(self, settings.model, settings.keep_before)
+        return FullScreener(self, settings.model, settings.keep_before, lambda _, image: lambda: image)
 
 
 @dataclass(frozen=True)

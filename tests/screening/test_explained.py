@@ -37,7 +37,7 @@ def test_flagged_rows_say_why_and_others_nothing(tmp_path: Any) -> None:
     assert [each["word"] for each in flagged["words"]] == memorized.split()
     heaviest = max(flagged["words"], key=lambda each: each["weight"])
     assert heaviest["word"] in memorized.split()[-2:]
-    assert screened.images[flagged["map"]].size == (64, 64)
+    assert screened.images[flagged["map"]]().size == (64, 64)
     assert (passed["words"], passed["map"]) == (None, None)
     assert {name for name in SCHEMA.names} == set(flagged)
 

@@ -40,7 +40,7 @@ def run(parts: dict[str, Any], threshold: float, batches: list[range]) -> tuple[
     screener = FullScreener(pipe, MODEL, keep_before=True)
     done = [screener.screen([JOBS[place] for place in batch]) for batch in batches]
     rows = sorted((row for each in done for row in each.rows), key=lambda row: row["index"])
-    return rows, {name: png(image) for each in done for name, image in each.images.items()}
+    return rows, {name: png(image()) for each in done for name, image in each.images.items()}
 
 
 def test_neither_order_nor_workers_nor_an_interruption_changes_a_bit(parts: dict[str, Any], threshold: float) -> None:
