@@ -198,10 +198,9 @@ def integrated_gradients(
 def ablation(calls: Sequence[StepCall], model: Denoiser, text: PromptText, *, run: int = 2) -> WordAttribution:
     """How far the statistic falls without a word and its neighbours, by captum's `FeatureAblation`, mean over steps.
 
-    Each run of `run` words, fewer where that would be all, is left out of the text in turn. Of two names that each
-    carry the memory, leaving out one alone would miss both. A word's score is halfway between the largest fall of the
-    runs that it is in and their mean: the mean alone would spread a name over its neighbours, the largest alone would
-    not tell them apart. Costs a lane a run and step, and `run` a step.
+    Each run of `run` words, fewer where that would be all, is left out of the text in turn: of two names that each
+    carry the memory, leaving out one alone would miss both. A word's score is the mean fall of the runs that it is in.
+    Costs a lane a run and step, and up to `2 run` a step.
 
     Raises:
         ImportError: captum is not installed.
@@ -221,13 +220,11 @@ def ablation(calls: Sequence[StepCall], model: Denoiser, text: PromptText, *, ru
 
         ablate, all_kept = attr.FeatureAblation(of_kept), torch.ones(1, len(seen), device=text.tokens.device)
         places = torch.arange(len(seen), device=all_kept.device)[None]
-        falls: list[Tensor] = [  # one tiling of the words a shift: every run is in one of them
-            ablate.attribute(all_kept, feature_mask=(places + shift) // width, perturbations_per_eval=_ROWS)
-            for shift in range(width)
-        ]
-        fall = torch.cat(falls).float().cpu()
-        fall = (fall.amax(0) + fall.mean(0)) / 2
-        return torch.zeros(len(text.words)).index_copy(0, torch.tensor(seen), fall)
+        tilings = [(places + shift) // width for shift in range(width)]  # every run is in one of them
+        falls = [ablate.attribute(all_kept, feature_mask=runs, perturbations_per_eval=_ROWS)[0] for runs in tilings]
+        whole = torch.stack([runs[0].bincount()[runs[0]] == width for runs in tilings])  # and not cut at an end
+        fall = (torch.stack(falls).float() * whole).sum(0) / whole.sum(0)
+        return torch.zeros(len(text.words)).index_copy(0, torch.tensor(seen), fall.cpu())
 
     return _mean_over_steps(calls, model, text, scores, "ablation")
 

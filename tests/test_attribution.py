@@ -128,14 +128,14 @@ def test_integrated_gradients_in_closed_form():
 
 
 def falls_by_hand(suspicion, words, run):
-    """Falls of log suspicion over the runs that a word is in, largest and mean; runs stick out at either end."""
+    """Mean fall of log suspicion over the runs that a word is in."""
     falls = [[] for _ in words]
-    for start in range(1 - run, len(words)):
-        removed = [k for k in range(start, start + run) if 0 <= k < len(words)]
+    for start in range(len(words) - run + 1):
+        removed = range(start, start + run)
         rest = [word for k, word in enumerate(words) if k not in removed]
         for k in removed:
             falls[k].append(math.log(suspicion(list(words)) / suspicion(rest)))
-    return [(max(each) + sum(each) / len(each)) / 2 for each in falls]
+    return [sum(each) / len(each) for each in falls]
 
 
 @needs_captum
