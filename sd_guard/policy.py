@@ -45,8 +45,8 @@ class Policy:
         max_attempts: resumed trajectories an image.
         margin: how far a resumed trajectory's bar is moved, at least 0: so much below the threshold where its picture
             resembles the flagged one as much as is allowed, as much above it where nothing of that picture is left.
-        max_resemblance: cosine in (0, 1] up to which a mitigated image counts as another picture than the flagged one,
-            at the deciding step and when sampling is over.
+        max_resemblance: in (0, 1], up to which a mitigated image counts as another picture than the flagged one: by its
+            edges (`resemblance`) at each look, by edges and colours (`survival`) when sampling is over.
         on_failure: an image that no attempt rescued is made `blank`, kept (`keep`: as it would have been without the
             guard, or with the change of a rescue that a later look took back), or raised as an error when the call is
             over (`raise`).

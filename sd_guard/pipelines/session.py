@@ -36,7 +36,7 @@ from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_dela
 from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
 from sd_guard.statistics.base import StepCall
-from sd_guard.statistics.sharpness import resemblance
+from sd_guard.statistics.sharpness import resemblance, survival
 
 
 @dataclass(slots=True)
@@ -229,7 +229,8 @@ class Session:
         rows = [rescue.row for rescue in (*self.rescued, *self.finished)]
         if not rows:
             return
-        alike = resemblance(latents[rows], predicted_image(self.observations)[rows]).tolist()
+        assert self.control is not None
+        alike = survival(latents[rows], predicted_image(self.observations)[rows], self.control[rows]).tolist()
         for row, value in zip(rows, alike, strict=True):
             self.cases[row].relapsed = not value <= self.guard.policy.max_resemblance
 

@@ -90,6 +90,30 @@ def resemblance(x0_hat: Tensor, other: Tensor) -> Tensor:
     return cosine.clamp(-1.0, 1.0)
 
 
+def survival(x0_hat: Tensor, flagged: Tensor, control: Tensor) -> Tensor:
+    """How much of a flagged picture is left in another one, by edges and by colour.
+
+    By edges it is `resemblance`, and where colour says more, the mean of both: a picture may have lost its edges to a
+    new one on the same ground. By colour it is ``1 - d^2 / 2``, d being the root-mean-square distance of the two in
+    units of the latents' standard deviation, which diffusers' scaling factor makes 1: 1 for the same picture, about 0
+    for unrelated ones. Places count by the square of how far the prompt had moved the prediction there: a memory is
+    what the prompt brings along, and the rest of a template is free.
+
+    Args:
+        x0_hat: (B, C, H, W) predicted clean latents, or clean ones.
+        flagged: (B, C, H, W) predicted clean latents of the flagged trajectories.
+        control: (B, C, H, W) what the model predicted without the prompt at the same latents.
+
+    Returns:
+        (B,) float32 in [-1, 1].
+    """
+    brought = (flagged.float() - control.float()).square().mean(1)
+    apart = (x0_hat.float() - flagged.float()).square().mean(1)
+    distance = (brought * apart).sum((-2, -1)) / brought.sum((-2, -1)).clamp(min=_TINY)
+    edges = resemblance(x0_hat, flagged)
+    return torch.maximum(edges, (edges + 1 - distance / 2) / 2)
+
+
 def persistence(then: Tensor, now: Tensor) -> Tensor:
     """How much of a predicted image has stayed where it was while the noise went down.
 
