@@ -42,6 +42,7 @@ BAD = [
     (["screen", "ok.csv", "--out", "new", "--model", "bare"], "has no model_index.json"),
     ([*SCREEN, "--steps", "0"], "--steps is 0"),
     ([*SCREEN, "--steps", "many"], "Invalid value for '--steps'"),
+    ([*SCREEN, "--depth", "deep"], "Invalid value for '--depth': 'deep' is not one of 'quick', 'full', 'auto'"),
     ([*SCREEN, "--batch-size", "0"], "--batch-size is 0"),
     ([*SCREEN, "--seeds", "0"], "--seeds is 0"),
     ([*SCREEN, "--seed", "-1"], "--seed is -1"),

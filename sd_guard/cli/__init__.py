@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = cast("int | None", app(arguments, prog_name="sd-guard", standalone_mode=False))
     except TyperException as error:
-        typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+        message = " ".join(error.format_message().split()).replace("Value error, ", "")  # as typer's choices begin
+        typer.echo(f"error: {message}", err=True)
         return BAD_ARGUMENTS
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted", err=True)

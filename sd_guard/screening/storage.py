@@ -48,7 +48,7 @@ class Store:
         try:
             files, root = fsspec.url_to_fs(str(address))
         except (ValueError, ImportError) as error:
-            raise ValueError(f"{address}: cannot be used as a folder ({error}); name a folder or another address") from None
+            raise ValueError(f"{address}: cannot be used as a folder ({error}); name another") from None
         return cls(str(address), files, root.rstrip("/"))
 
     @property
