@@ -3,7 +3,8 @@
 Autoencoder first (reconstruction of the world's images), then text encoder and UNet together on its latents. A fifth
 of the UNet's rows come from the verbatim set, a tenth from the templates, a twentieth are plain, the rest ordinary.
 About an hour on two cores. The second make, `benchmarks/reference/second`: `--seed 2 --prediction-type v_prediction
---beta-schedule linear --autoencoder sd_guard/reference/checkpoint/vae`.
+--beta-schedule linear --autoencoder sd_guard/reference/checkpoint/vae`. The third, `benchmarks/reference/third`, which
+nothing was chosen by: `--seed 3 --prediction-type v_prediction --beta-schedule linear`, an autoencoder of its own.
 """
 
 from __future__ import annotations
