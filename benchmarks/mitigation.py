@@ -74,6 +74,11 @@ def main() -> None:
             "outcomes": dict(Counter(records[i].outcome for i in own)),
             "flagged": share([records[i].verdict == "flag" for i in own]),
             "changed": share([before[i].tobytes() != after[i].tobytes() for i in own]),
+            "flagged_of_copies": share(
+                [records[i].verdict == "flag" for i in own if is_copy(before[i], rows[i], folder)]
+            )
+            if known
+            else None,
             "copies_before": share([is_copy(before[i], rows[i], folder) for i in own]) if known else None,
             "copies_after": share([i in given and is_copy(after[i], rows[i], folder) for i in own]) if known else None,
             "copies_oracle": share([is_copy(stripped[i], rows[i], folder) for i in own]) if known else None,
