@@ -234,8 +234,8 @@ def figures() -> str:
             f"are only partly memorized: {percent(second['template_reproduced'])} are reproduced, and "
             f"{percent(second['verbatim_reproduced'])} of the verbatim prompts.",
             "*A third checkpoint* (v-prediction, linear betas, another world, an autoencoder of its own; "
-            "`benchmarks/reference/third`, in no wheel) was trained when the default was settled; its `report` rows were "
-            "run once, and nothing was changed since. It has learned less: of its verbatim prompts "
+            "`benchmarks/reference/third`, in no wheel) was trained when the default was settled; its `report` rows "
+            "were run once, and nothing was changed since. It has learned less: of its verbatim prompts "
             f"{percent(kept['verbatim_reproduced'])} are reproduced, of its templates "
             f"{percent(kept['template_reproduced'])}. The guard, and the ten statistics that come next:",
             detection_table(third, 10),
