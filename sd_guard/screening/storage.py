@@ -57,8 +57,8 @@ class Store:
         return Path(self.root) if isinstance(self.files, LocalFileSystem) else None
 
     def where(self, name: str) -> str:
-        """Where a file is: its path, or its address."""
-        return f"{self.address}/{name}" if self.local is None else str(self.local / name)
+        """Where a file is, as the user wrote the folder: a path, or an address."""
+        return f"{self.address.rstrip('/')}/{name}"
 
     def is_same(self, other: Store) -> bool:
         """True if both are one folder, however it was written."""

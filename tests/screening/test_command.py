@@ -33,7 +33,7 @@ def test_a_run_ends_with_a_table_a_report_and_no_warning(folder: Path, capsys: p
     assert main(command()) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[-2].split() == ["total", "4", "0", "0", "0", "0", "1.0"]
-    assert out.splitlines()[-1] == f"report: {folder / 'run' / 'report.html'}"
+    assert out.splitlines()[-1] == "report: run/report.html"
     assert err.splitlines() == [line for line in err.splitlines() if line.startswith("screening: 4 of 4 images")]
 
 
