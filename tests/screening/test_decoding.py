@@ -17,7 +17,8 @@ from tiny import build, components, watching
 
 from benchmarks.null_runs import null_settings
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
-from sd_guard.screening.decoding import decode_later
+from sd_guard.screening import decoding
+from sd_guard.screening.decoding import can_overlap, decode_later
 from sd_guard.screening.jobs import Job
 from sd_guard.screening.records import read_run
 from sd_guard.screening.runner import plan_run, screen
@@ -59,17 +60,25 @@ def test_a_safety_checker_has_its_say() -> None:
     assert [shape[0] for shape in asked] == [1]
 
 
-@pytest.mark.parametrize("by_turns", [False, True])
-def test_parts_that_take_turns_decode_at_once(by_turns: bool) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_where_nothing_is_gained_they_are_made_at_once(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "can_overlap", lambda pipe, latents: overlap)
     pipe, calls = make_pipe(), []
     decode = pipe.vae.decode
     pipe.vae.decode = lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs)
-    if by_turns:
-        pipe.vae._hf_hook = object()
     make = decode_later(pipe, torch.zeros(4, 8, 8))
-    assert len(calls) == by_turns
+    assert len(calls) == (not overlap)
     make()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "by_turns", "gains"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_a_cpu_and_parts_that_take_turns_gain_nothing(device: str, by_turns: bool, gains: bool) -> None:
+    hooked = SimpleNamespace(_hf_hook=object()) if by_turns else SimpleNamespace()
+    pipe, latents = SimpleNamespace(unet=SimpleNamespace(), vae=hooked), SimpleNamespace(device=torch.device(device))
+    assert can_overlap(pipe, latents) is gains  # type: ignore[arg-type]
 
 
 class Waiting(Pretender):
