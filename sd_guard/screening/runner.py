@@ -1,8 +1,8 @@
 """Screens a prompt list: read, batch, screen, write, merge. Nothing that was done is lost, whatever ends the run.
 
 `jobs.parquet` has every image of the run, in order. Batches are cut from it at multiples of the batch size, whoever
-screens them and whatever was done before, and each becomes one shard, whose images are decoded and which is written
-while the next one is screened. So on machines of one kind rows are bit for bit the same with any engine and number of
+screens them and whatever was done before, and each becomes one shard, written while the next one is screened (and, but
+on a CPU, its images decoded). So on machines of one kind rows are bit for bit the same with any engine and number of
 workers, and after any interruption. With another batch size, and in a batch that had to be halved, they differ by the
 rounding of the model's dtype; at quick depth not even by that. A kill costs the batch in flight, and the one before
 where that was being written.
