@@ -28,8 +28,7 @@ def decode_later(pipe: Any, latents: torch.Tensor) -> Callable[[], Image]:
 
 
 def can_overlap(pipe: Any, latents: torch.Tensor) -> bool:
-    """Whether there is something to gain: not on a CPU, whose cores the UNet has already, nor by parts that take turns.
-    """
+    """Whether there is something to gain: not on a CPU, where both share the cores, nor by parts that take turns."""
     by_turns = any(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.vae))
     return latents.device.type != "cpu" and not by_turns
 
