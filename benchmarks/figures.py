@@ -210,7 +210,8 @@ def figures() -> str:
     return "\n\n".join(
         (
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
-            f"bundled checkpoint and some of it of the second, too. {place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
+            f"bundled checkpoint and some of it of the second, too. "
+            f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`.",
             f"*The reference.* {percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(truth['novel_near_a_source'])} of novel images come near one, and "
