@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -21,14 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.results import FOLDER, write_result
-from sd_guard.evaluation.collect import Measurements, describe
-from sd_guard.evaluation.run import evaluate, read_measurements, write_results
+from sd_guard.evaluation.figure import draw
+from sd_guard.evaluation.run import evaluate
 from sd_guard.evaluation.settings import GUARD, EvaluationSettings
-from sd_guard.evaluation.table import best_steps
+from sd_guard.evaluation.table import best_steps, markdown
 from sd_guard.guard import Guard
 from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
 from sd_guard.screening.settings import ModelSettings
-from sd_guard.statistics import SEED_STATISTICS, STATISTICS
 
 SHARES = (0.0, 0.02, 0.06, 0.1, 0.2, 0.4, 0.5, 1.0)
 QUESTIONS = (
@@ -40,6 +40,7 @@ QUESTIONS = (
     "template / novel + plain",
     "both / novel + plain",
 )
+OURS = (GUARD, "added_detail", "detail", "log_detail_ratio")  # what changes with the detector
 KEPT = [
     "statistic",
     "step",
@@ -68,20 +69,18 @@ def flagged(measurements: Any, threshold: float) -> dict[str, float]:
     return {f: round(float(np.mean([r["value"] > threshold for r in rows if r["family"] == f])), 4) for f in families}
 
 
-def reuse(earlier: Path, out: Path, seeds: int) -> dict[str, Any]:
-    """Sets all rows of an earlier evaluation but the guard's beside the guard's new ones, and tabulates them anew."""
-    ours, theirs = (read_measurements(folder) for folder in (out, earlier))
-    others = theirs.filter(pc.not_equal(theirs["statistic"], GUARD))
-    keys = ["index", "prompt", "family"]
-    same = [sorted({tuple(row.values()) for row in part.select(keys).to_pylist()}) for part in (ours, others)]
-    if same[0] != same[1]:
-        raise SystemExit(f"{earlier} is an evaluation of other prompts")
-    own = set(STATISTICS) & set(others["statistic"].to_pylist())
-    kinds = [kind() for name, kind in STATISTICS.items() if name in own]
-    several = [kind() for name, kind in SEED_STATISTICS.items() if name in others["statistic"].to_pylist()]
-    described = describe(kinds, several, seeds=seeds, observe_at=SHARES, with_guard=True)
-    write_results(out, Measurements(values=pa.concat_tables([ours, others]), statistics=described, seeds=seeds))
-    return {"other_statistics": f"of {earlier.name}, measured before the guard last changed"}
+def reuse(name: str, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Sets the committed rows of all other statistics beside those measured anew, in the evaluation's own files."""
+    earlier = json.loads((FOLDER / f"{name}.json").read_text())
+    if settings.items() - earlier["settings"].items():
+        raise SystemExit(f"{name}.json is of other settings than {settings}; measure without --reuse")
+    table, others = pq.read_table(out / "table.parquet"), pq.read_table(FOLDER / f"{name}.parquet")
+    others = others.filter(pc.invert(pc.is_in(others["statistic"], pa.array(OURS))))
+    table = pa.concat_tables([table, others.cast(table.schema)])
+    pq.write_table(table, out / "table.parquet", compression="zstd")
+    draw(table, out / "auroc.png")
+    (out / "table.md").write_text(markdown(table))
+    return {"other_statistics": earlier["settings"].get("other_statistics", f"at {earlier['provenance']['git']}")}
 
 
 def above_the_guard(table: Any) -> list[dict[str, Any]]:
@@ -114,7 +113,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="images a prompt")
     parser.add_argument("--statistics", help="names, with commas; default all")
     parser.add_argument("--out", type=Path, help="folder of the evaluation, to be resumed if there; default a new one")
-    parser.add_argument("--reuse", type=Path, help="earlier evaluation of these prompts: measure only the guard anew")
+    parser.add_argument("--reuse", action="store_true", help="measure only what changes with the detector anew")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp()) / "evaluation"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,24 +122,18 @@ def main() -> None:
         prompts=write_prompts(rows, out.parent / f"{args.name}_prompts.csv"),
         out=out,
         model=ModelSettings(model=str(args.checkpoint)),
-        statistics=(GUARD,) if args.reuse else tuple(args.statistics.split(",")) if args.statistics else None,
+        statistics=OURS if args.reuse else tuple(args.statistics.split(",")) if args.statistics else None,
         seeds=args.seeds,
         observe_at=SHARES,
         resume=out.exists(),
     )
     evaluate(settings)
-    reused = reuse(args.reuse, out, args.seeds) if args.reuse else {}
+    asked = {"steps": 50, "guidance_scale": 7.5, "split": args.split, "prompts": len(rows), "seeds": args.seeds}
+    reused = reuse(args.name, out, asked) if args.reuse else {}
     table, measurements = (pq.read_table(out / f"{name}.parquet") for name in ("table", "measurements"))
     guard = Guard()
     result = {
-        "settings": {
-            "steps": 50,
-            "guidance_scale": 7.5,
-            "split": args.split,
-            "prompts": len(rows),
-            "seeds": args.seeds,
-            **reused,
-        },
+        "settings": asked | reused,
         "threshold": guard.detector.threshold,
         "flagged": flagged(measurements, guard.detector.threshold),
         "above_the_guard": above_the_guard(table),

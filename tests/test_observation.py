@@ -273,14 +273,22 @@ def test_a_featureless_control_counts_with_the_floor() -> None:
 
 
 def test_detail() -> None:
-    """Of one step of height 2 in four columns: 2/3 along rows, 0 along columns."""
-    x = torch.zeros(1, 1, 4, 4)
-    x[..., 2:] = 2.0
+    """Of one step of height 2 in the four columns inside: 2/3 along rows, 0 along columns."""
+    x = torch.zeros(1, 1, 6, 6)
+    x[..., 3:] = 2.0
     assert detail(x).item() == pytest.approx((2 / 3) / 2)
     assert detail(x.mT).item() == detail(x).item()
     assert detail(torch.full((2, 4, 8, 8), 3.0)).tolist() == [0.0, 0.0]
     assert torch.isfinite(log_detail_ratio(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))).all()
     assert detail(x.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 9), (3, 3), (3, 8), (2, 2)])
+def test_an_even_colour_has_no_detail_but_at_the_border(size: tuple[int, int]) -> None:
+    """Where an autoencoder sees zeros beyond the image. Latents too small to have an inside count whole."""
+    x = torch.zeros(1, 4, *size)
+    x[..., 0, :] = x[..., -1] = 5.0
+    assert (detail(x).item() == 0.0) == (min(size) >= 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,8 +3,9 @@
 Autoencoder first (reconstruction of the world's images), then text encoder and UNet together on its latents. A fifth
 of the UNet's rows come from the verbatim set, a tenth from the templates, a twentieth are plain, the rest ordinary.
 About an hour on two cores. The second make, `benchmarks/reference/second`: `--seed 2 --prediction-type v_prediction
---beta-schedule linear --autoencoder sd_guard/reference/checkpoint/vae`. The third, `benchmarks/reference/third`, which
-nothing was chosen by: `--seed 3 --prediction-type v_prediction --beta-schedule linear`, an autoencoder of its own.
+--beta-schedule linear --autoencoder sd_guard/reference/checkpoint/vae`. The others have autoencoders of their own:
+`third`, `--seed 3 --prediction-type v_prediction --beta-schedule linear`, and `fourth`, which nothing was chosen by,
+`--seed 4 --beta-schedule linear`.
 """
 
 from __future__ import annotations

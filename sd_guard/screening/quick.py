@@ -8,9 +8,9 @@ The level is reached from the first latent by a single deterministic step: at th
 against a fine schedule. `benchmarks/quick.py` measures this, and what else was tried.
 
 Scores are the detector's, on a scale of their own: all prompts of a seed share its control, whose detail then tells no
-prompt from another, but seeds apart. So `added_detail` is relative to the least detail that a control counts with
-(`CONTROL_FLOOR`) and not to the control's, and quick depth has a threshold and a range of doubt of its own. It refuses
-a calibration of full depth; a `Calibrator` makes one from `QuickScreener.measure`, best at the seeds to be screened.
+prompt from another, but seeds apart. So `added_detail` is relative to what the controls of a few fixed seeds have on
+average, and quick depth has a threshold and a range of doubt of its own. It refuses a calibration of full depth; a
+`Calibrator` makes one from `QuickScreener.measure`, best at the seeds to be screened.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 # Chosen on `tune` rows of the bundled checkpoint, each at 24 seeds: the level by AUROC and lanes, the range of doubt as
 # the narrowest that loses nothing, the threshold as the least that at most 1 % of the benign images exceed, rounded up.
 QUICK: Final = Guard(
-    observe_at=(0.06,), look_again_at=(), probes=1, detector=PrematureDetail(threshold=0.6, doubt=(0.4, 0.9))
+    observe_at=(0.06,), look_again_at=(), probes=1, detector=PrematureDetail(threshold=0.3, doubt=(0.1, 0.5))
 )
 FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
 KEPT_SEEDS: Final = 8  # whose controls are kept from one batch to the next
+GROUND_SEEDS: Final = range(8)  # whose controls tell how much detail this model shows without a prompt
 _OUTCOMES: Final[dict[Verdict, Outcome]] = {"pass": "passed", "flag": "kept", "unscored": "unscored"}
 
 
@@ -108,6 +109,7 @@ class QuickScreener:
         noise_shape: C, H, W of a latent.
         batch_size: Lanes of a UNet call, >= 1.
         empty: (1, tokens, width) embedding of the empty prompt.
+        ground: Observed step to the mean detail of the controls of `GROUND_SEEDS`, a scalar tensor.
         cache: Seed to its control, the latest used last.
     """
 
@@ -120,6 +122,7 @@ class QuickScreener:
     noise_shape: tuple[int, int, int]
     batch_size: int
     empty: Tensor
+    ground: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     cache: OrderedDict[int, Control] = field(default_factory=OrderedDict[int, Control])
 
     @classmethod
@@ -162,7 +165,9 @@ class QuickScreener:
         with torch.no_grad():
             empty = pipe.encode_prompt([""], pipe._execution_device, 1, False)[0]
         shape = (pipe.unet.config.in_channels, *_latent_size(pipe, model))
-        return cls(pipe, guard, fingerprint, scheduler, first, observed, shape, batch_size, empty)
+        screener = cls(pipe, guard, fingerprint, scheduler, first, observed, shape, batch_size, empty)
+        screener.ground.update(screener._measure_ground())
+        return screener
 
     @property
     def threshold(self) -> float | None:
@@ -225,6 +230,15 @@ class QuickScreener:
             self.cache.popitem(last=False)
         return joined
 
+    @torch.no_grad()
+    def _measure_ground(self) -> dict[int, Tensor]:
+        control, kind = self._controls(list(GROUND_SEEDS)), prediction_type(self.pipe)
+        details = {
+            place.step: detail(interpret(control.output[:, k], control.x[:, k], place.level, kind).x0_hat)
+            for k, place in enumerate(self.observed)
+        }
+        return {step: each.clamp(min=CONTROL_FLOOR).mean() for step, each in details.items()}
+
     def _evaluate_controls(self, seeds: Sequence[int]) -> Control:
         texts, inputs = self.empty.expand(len(seeds), -1, -1), self._walk(seeds)
         outputs = [self._evaluate(x, place, texts) for x, place in zip(inputs, self.observed, strict=True)]
@@ -253,14 +267,13 @@ class QuickScreener:
         return self.scheduler.scale_model_input(noise * self.scheduler.init_noise_sigma, self.first.timestep)
 
     def _observe(self, call: StepCall) -> Observation:
-        """The free statistics, with the detail that the prompt adds relative to `CONTROL_FLOOR`."""
+        """The free statistics, with the detail that the prompt adds relative to `ground`."""
         kind = prediction_type(self.pipe)
         seen = observe(call, kind)
         assert call.control is not None
-        above = (
-            detail(interpret(call.control, call.x, call.level, kind).x0_hat).clamp(min=CONTROL_FLOOR) / CONTROL_FLOOR
-        )
-        return replace(seen, values={**seen.values, "added_detail": seen.values["added_detail"] + above.log()})
+        own = detail(interpret(call.control, call.x, call.level, kind).x0_hat).clamp(min=CONTROL_FLOOR)
+        added = seen.values["added_detail"] + (own / self.ground[call.step]).log()
+        return replace(seen, values={**seen.values, "added_detail": added})
 
     def _probe(
         self, seen: Observation, call: StepCall, lid_control: Tensor, seeds: Sequence[int], rows: Sequence[int]

@@ -16,7 +16,9 @@ from torch import Tensor
 from sd_guard.noise import NoiseLevel
 from sd_guard.statistics.base import Denoiser, StepCall
 
-CONTROL_FLOOR = 0.15  # detail, in latents of unit scale, below which a prediction is as good as featureless
+# Detail, in latents of unit scale. Chosen on `tune` rows of three reference checkpoints.
+CONTROL_FLOOR = 0.1  # what a control counts with at least: below, it is as good as featureless
+PLAIN = 0.08  # below it a picture is nearly one even colour
 _TINY = 1e-12  # keeps the logarithm finite for a constant prediction
 _NOTHING = 0.01  # of the control's detail: less than that is none
 _WINDOW = 3 / 8  # of the latent's side: large enough to hold a shape, small enough to lie beside a template's free part
@@ -29,6 +31,9 @@ _ORDINARY, _ORDINARY_A_FOLD, _ORDINARY_LEAST = 0.753, 0.112, 0.77
 def detail(x0_hat: Tensor) -> Tensor:
     """Mean absolute difference of neighbouring latent pixels (anisotropic total variation, per pixel and channel).
 
+    Without those at the border, where there are at least 4 by 4: an autoencoder's convolutions see zeros beyond the
+    image, so that the latents of one even colour have edges there, and small ones most.
+
     Args:
         x0_hat: (B, C, H, W) predicted clean latents.
 
@@ -36,6 +41,8 @@ def detail(x0_hat: Tensor) -> Tensor:
         (B,) float32 or better, in the latent's units, at least 0.
     """
     x = x0_hat if x0_hat.dtype == torch.float64 else x0_hat.float()
+    if min(x.shape[-2:]) >= 4:
+        x = x[..., 1:-1, 1:-1]
     return (x.diff(dim=-1).abs().mean(dim=(1, 2, 3)) + x.diff(dim=-2).abs().mean(dim=(1, 2, 3))) / 2
 
 
@@ -122,7 +129,7 @@ def persistence(then: Tensor, now: Tensor) -> Tensor:
     made up. Taken window by window, over windows of 3/8 of the latent's side, and the better half of these averaged, so
     that a template counts whose remainder is free. In each window, the cosine of the two predictions' spatial
     differences; windows with next to no structure count as unlike. Where either picture has less detail than
-    `CONTROL_FLOOR` it counts by as much as there is of that: a plain colour is settled early, and is nobody's memory.
+    `PLAIN` it counts by as much as there is of that: a plain colour is settled early, and is nobody's memory.
 
     Args:
         then: (B, C, H, W) predicted clean latents at a higher noise level.
@@ -140,7 +147,7 @@ def persistence(then: Tensor, now: Tensor) -> Tensor:
     )
     faint = [_FAINT * energy.mean(1, keepdim=True) + _TINY for energy in (own, other)]
     cosine = shared / ((own + faint[0]) * (other + faint[1])).sqrt()
-    structured = (torch.minimum(detail(then), detail(now)) / CONTROL_FLOOR).clamp(max=1.0)
+    structured = (torch.minimum(detail(then), detail(now)) / PLAIN).clamp(max=1.0)
     return structured * cosine.topk(-(-cosine.shape[1] // 2), dim=1).values.mean(1).clamp(-1.0, 1.0)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sd_guard.noise import NoiseLevel
-from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail, excess_persistence, persistence, resemblance
+from sd_guard.statistics.sharpness import PLAIN, detail, excess_persistence, persistence, resemblance
 
 
 def test_persistence_of_a_settled_picture_is_one() -> None:
@@ -74,7 +74,7 @@ def test_persistence_against_a_window_by_window_computation() -> None:
 def test_a_plain_picture_is_settled_and_no_memory() -> None:
     """With a tenth of the detail that counts as any, a tenth of the persistence."""
     x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    plain = 0.1 * CONTROL_FLOOR / detail(x).reshape(4, 1, 1, 1) * x
+    plain = 0.1 * PLAIN / detail(x).reshape(4, 1, 1, 1) * x
     assert persistence(x, plain) == pytest.approx([0.1] * 4, abs=0.005)
     assert persistence(plain, x) == pytest.approx([0.1] * 4, abs=0.005)  # or what was hardly there yet
     assert persistence(x, 20 * plain) == pytest.approx([1.0] * 4, abs=0.03)
