@@ -82,7 +82,12 @@ class Guard:
     look_again_at: tuple[float, ...] = (0.2, 0.3, 0.5, 0.98)
     probes: int = 2
     detector: Detector = field(default_factory=PrematureDetail)
-    plan: Sequence[Mitigation] = (SummaryReplacement(), WordAblation(), EmbeddingNoise(strengths=(3.0,)))
+    plan: Sequence[Mitigation] = (
+        WordAblation(widen=False),
+        SummaryReplacement(),
+        WordAblation(),
+        EmbeddingNoise(strengths=(3.0,)),
+    )
     policy: Policy = field(default_factory=Policy)
     seed: int = 0
 

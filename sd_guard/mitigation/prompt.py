@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sd_guard.mitigation.base import Change, Subject
 from sd_guard.mitigation.rewriters import Lexicon
-from sd_guard.statistics.sharpness import resemblance
+from sd_guard.statistics.sharpness import added_detail, resemblance
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search
 _DRAWS = 1000  # tokens that are drawn at most for one that is a word
@@ -23,32 +23,39 @@ RandomKind: TypeAlias = Literal["add", "replace", "number", "repeat"]
 class WordAblation:
     """Finds the words that carry the memory and samples without them.
 
-    One question is asked at the first step of the image's own trajectory, one lane a prompt: how much of the flagged
-    picture is still predicted without these words? First of runs of `max_words`, each of which shares a word with the
-    next, so that no two neighbours are missed, and where the picture survives these, of all such runs; then of the
-    shorter runs within the best of them; and where it survives all of these, of runs twice as long, and of the best run
-    together with each other one. Asking runs rather than single words matters: of two names that both carry a memory,
-    neither is missed. Of removals that break the
-    picture alike, the best takes few words and leaves the broad colours: words that only carry a memory say nothing
-    else, and what the others say is mostly seen in these. Strength: words removed.
+    One question is asked at the first step of the image's own trajectory, one lane a prompt: what is predicted without
+    these words? First of runs of `max_words`, each of which shares a word with the next, so that no two neighbours are
+    missed, and where none of these rids the prediction of the memory, of all such runs; then of the shorter runs within
+    the best of them. Where that is not enough either, of runs twice as long, and of the best run together with each
+    other one (`widen`). Asking runs rather than single words matters: of two names that both carry a memory, neither is
+    missed.
+
+    A removal rids of the memory that leaves little of the flagged picture, and no other one in its place: without one
+    of its describing words, a memory may give way to the next, as finished (`added_detail`). Only such removals are
+    proposed. The best of them leaves least of either, takes few words and keeps the broad colours: words that only
+    carry a memory say nothing else, and what the others say is mostly seen in these. Strength: words removed.
 
     Attributes:
         max_words: of the runs.
-        refined: runs that shorter ones are looked for in.
+        widen: whether to look further where no run is enough.
         word_cost: resemblance that keeping one more word is worth.
         colour_cost: likewise, keeping the means of the predicted channels, each unit of latents by which they move.
+        detail_cost: likewise, each unit of `added_detail` less.
         max_resemblance: above which the picture has survived: 0 is as little as the prediction without a prompt
             resembles it, 1 is the picture itself.
+        max_detail: `added_detail` above which some finished picture is there; as the default detector's threshold.
     """
 
     max_words: int = 3
-    refined: int = 1
+    widen: bool = True
     word_cost: float = 0.05
     colour_cost: float = 0.15
+    detail_cost: float = 1.0
     max_resemblance: float = 0.6
+    max_detail: float = 0.3
 
     def propose(self, subject: Subject) -> Iterator[Change]:
-        """Removals, best first: the least of the picture left, at the least cost in words."""
+        """Removals that rid of the memory, the cheapest first."""
         if subject.prompt is None:
             return
         words = split_words(subject.prompt)
@@ -59,29 +66,32 @@ class WordAblation:
             return
         whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
         control, flagged = subject.predict(whole).split(1)
-        left: dict[frozenset[int], float] = {}
         cost: dict[frozenset[int], float] = {}
+        rid: list[frozenset[int]] = []
 
         def ask(removals: Iterable[Iterable[int]]) -> None:
             new = [removal for removal in map(frozenset, removals) if 0 < len(removal) < len(words)]
-            new = [removal for removal in dict.fromkeys(new) if removal not in left]
-            if new and subject.lanes_left() >= len(new):
-                predicted = subject.predict(subject.encode([_without(words, removal) for removal in new]))
-                moved = (predicted - flagged).mean((-2, -1)).norm(dim=1).tolist()
-                for removal, rest, shift in zip(new, _what_is_left(predicted, flagged, control), moved, strict=True):
-                    left[removal] = rest
-                    cost[removal] = rest + self.word_cost * len(removal) + self.colour_cost * shift
+            new = [removal for removal in dict.fromkeys(new) if removal not in cost]
+            if not new or subject.lanes_left() < len(new):
+                return
+            predicted = subject.predict(subject.encode([_without(words, removal) for removal in new]))
+            left = _what_is_left(predicted, flagged, control)
+            added = added_detail(predicted, control.expand_as(predicted))
+            moved = (predicted - flagged).mean((-2, -1)).norm(dim=1)
+            costs = (left + self.colour_cost * moved + self.detail_cost * added).tolist()
+            gone = ((left <= self.max_resemblance) & (added <= self.max_detail)).tolist()
+            cost.update((each, self.word_cost * len(each) + rest) for each, rest in zip(new, costs, strict=True))
+            rid.extend(removal for removal, is_gone in zip(new, gone, strict=True) if is_gone)
 
         ask(first)
-        if min(left.values()) > self.max_resemblance:
+        if not rid:
             ask(runs)
-        asked = [run for run in runs if frozenset(run) in left]
-        best = sorted(asked, key=lambda run: cost[frozenset(run)])[: self.refined]
-        ask(run[i:j] for run in best for i in range(width) for j in range(i + 1, width + 1))
-        if min(left.values()) > self.max_resemblance:
+        best = min((run for run in runs if frozenset(run) in cost), key=lambda run: cost[frozenset(run)])
+        ask(best[i:j] for i in range(width) for j in range(i + 1, width + 1))
+        if self.widen and not rid:
             ask(range(run.start, run.stop + width) for run in runs[: -width or None])
-            ask((*best[0], *run) for run in runs)
-        for removal in sorted(cost, key=lambda removal: cost[removal]):
+            ask((*best, *run) for run in runs)
+        for removal in sorted(rid, key=lambda removal: cost[removal]):
             rest = _without(words, removal)
             removed = len(subject.prompt.split()) - len(rest.split())
             yield Change("word_ablation", float(removed), subject.encode([rest])[0], rest)
@@ -91,10 +101,10 @@ def _without(words: Sequence[str], removal: Collection[int]) -> str:
     return " ".join(word for i, word in enumerate(words) if i not in removal)
 
 
-def _what_is_left(predicted: Tensor, flagged: Tensor, control: Tensor) -> list[float]:
+def _what_is_left(predicted: Tensor, flagged: Tensor, control: Tensor) -> Tensor:
     """Resemblance to the flagged picture, from 0 (no more than a prediction without a prompt has) to 1."""
     anyway = resemblance(control, flagged).clamp(max=0.99)
-    return ((resemblance(predicted, flagged.expand_as(predicted)) - anyway) / (1 - anyway)).tolist()
+    return (resemblance(predicted, flagged.expand_as(predicted)) - anyway) / (1 - anyway)
 
 
 def split_words(prompt: str) -> list[str]:

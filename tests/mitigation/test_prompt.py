@@ -100,8 +100,9 @@ def test_a_word_is_worth_a_little_of_the_picture() -> None:
     world = World(lambda prompt: {("a", "c"): 0.0, ("a", "b"): 0.01}.get(tuple(prompt), 1.0))
     assert next(WordAblation(max_words=1).propose(world.subject("a b c"))).prompt == "a c"
     world = World(lambda prompt: 0.0 if prompt == ["a"] else 0.01 if prompt == ["a", "c"] else 1.0)
-    assert next(WordAblation(word_cost=0.5).propose(world.subject("a b c"))).prompt == "a c"
-    assert next(WordAblation(word_cost=0.0).propose(world.subject("a b c"))).prompt == "a"
+    dear, free = (WordAblation(word_cost=cost, detail_cost=0.0) for cost in (0.5, 0.0))
+    assert next(dear.propose(world.subject("a b c"))).prompt == "a c"
+    assert next(free.propose(world.subject("a b c"))).prompt == "a"
 
 
 def test_words_that_say_something_are_kept() -> None:
@@ -132,11 +133,28 @@ def test_neighbours_are_found_at_half_the_runs() -> None:
     assert (world.calls, 10_000 - world.left) == (4, 2 + 8 + 5)
 
 
-def test_what_helps_least_comes_last() -> None:
-    world = World(lambda prompt: float(len(prompt)) if "b" in prompt else 0.0)
+def test_what_leaves_the_picture_is_not_proposed() -> None:
+    world = World(planted("b"))
     changes = list(WordAblation(max_words=1).propose(world.subject("a b c d")))
-    assert changes[0].prompt == "a c d"
-    assert len(changes) == 4
+    assert [change.prompt for change in changes] == ["a c d"]
+    assert list(WordAblation(widen=False).propose(World(lambda prompt: 1.0).subject("a b c d"))) == []
+
+
+def test_another_memory_in_the_place_of_the_flagged_one_is_none_the_better() -> None:
+    """Without red another finished picture is predicted, without zyx none: only the latter is proposed."""
+    world = World(planted("zyx"))
+    other = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+    def predict(embeds: Tensor) -> Tensor:
+        texts = [world.prompts[int(e[0, 0])].split() if e[0, 0] >= 0 else ["red"] for e in embeds]
+        swapped = torch.tensor([float("red" not in text and "zyx" in text) for text in texts]).reshape(-1, 1, 1, 1)
+        return swapped * other + (1 - swapped) * World.predict(world, embeds)
+
+    subject = replace(world.subject("a red house by zyx"), predict=predict)
+    changes = list(WordAblation(max_words=1).propose(subject))
+    assert [change.prompt for change in changes] == ["a red house by"]
+    blind = list(WordAblation(max_words=1, detail_cost=0.0, max_detail=10.0).propose(subject))
+    assert {change.prompt for change in blind} == {"a red house by", "a house by zyx"}
 
 
 def test_two_places_that_both_carry_it_are_left_out_together() -> None:
