@@ -3,11 +3,11 @@
 On `tune` rows, every prompt at the same few seeds: where to look, how to get there and how many probes, against the
 guard's own first decision on its full schedule. The candidates are compared by scores pooled over the seeds, as one
 threshold sees them, and within each seed, as a run of one seed is ranked. The choice (`sd_guard.screening.quick.QUICK`)
-is then measured on `report` rows, here and of the second checkpoint, at seeds that nothing was chosen by. Last, the
+is then measured on `report` rows, here and of the other checkpoints, at seeds that nothing was chosen by. Last, the
 share of the wall time that is spent inside the UNet, by batch size.
 
-The `report` rows were seen once before, at other seeds, with the control's own detail in the score (AUROC .993 / .994,
-pooled). That this detail should go was found on `tune` rows, where the same scores had fallen as low.
+The `report` rows of the first two were seen before, at other seeds, with the control's own detail in the score (AUROC
+.993 / .994, pooled), and with none. That the mean of several controls should take its place was found on `tune` rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sd_guard.settings import guard_to_json
 from sd_guard.statistics.base import StepCall
 
 MODEL = ModelSettings(model=str(checkpoint_path()))
-SECOND = Path(__file__).parent / "reference" / "second"
+OTHERS = {name: Path(__file__).parent / "reference" / name for name in ("second", "third", "fourth")}
 BATCH = 62  # a quarter of the rows of either split
 SEEDS = range(8, 13)  # of the candidates
 CHOICE_SEEDS = 16  # more, since all prompts of a seed lie higher or lower together
@@ -127,22 +127,21 @@ def main() -> None:
     lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 1, OwnControl, own))
     lines += [guided_line(pipe, rows, steps=25), full_line(pipe, rows)]
     chosen = measure(QuickScreener.make(pipe, MODEL, batch_size=BATCH), rows, range(CHOICE_SEEDS))
-    report, second = (
-        measure(
+    report = {
+        name: measure(
             QuickScreener.make(load(folder), MODEL, batch_size=BATCH),
             rows_of("report", folder),
             range(REPORT_SEED, REPORT_SEED + CHOICE_SEEDS),
-        )
-        for folder in (checkpoint_path(), SECOND)
-    )
+        ).line(threshold)
+        for name, folder in {"bundled": checkpoint_path(), **OTHERS}.items()
+    }
     result = {
         "settings": {"steps": MODEL.steps, "seeds": list(SEEDS), "seeds_of_the_choice": CHOICE_SEEDS},
         "tune": lines,
         "choice": {key: json.loads(guard_to_json(QUICK))[key] for key in ("observe_at", "probes", "detector")},
         "least_threshold": round(chosen.least_threshold(), 4),
         "chosen": chosen.line(threshold),
-        "report": report.line(threshold),
-        "second_checkpoint_report": second.line(threshold),
+        "report": report,
         "time": [timing(pipe, rows, batch) for batch in (8, 16, 32, 64, 124)],
     }
     print(write_result("quick", result))
