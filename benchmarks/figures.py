@@ -175,8 +175,8 @@ def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
         f"{sharing}. "
         f"{kills['resumed']} of {kills['runs']} runs, killed {kills['kills']} times in all, had the records of one "
         f"that was not, with at most {kills['repeated_most']} batch a kill screened again. Quick depth, AUROC against "
-        f"novel and plain prompts: {found}; {quick['report']['bundled']['lanes_mean']:.2f} lanes a prompt, and at the best batch "
-        f"({best['batch']}) {percent(best['share_inside_unet'])} of the time inside the UNet, "
+        f"novel and plain prompts: {found}; {quick['report']['bundled']['lanes_mean']:.2f} lanes a prompt, and at the "
+        f"best batch ({best['batch']}) {percent(best['share_inside_unet'])} of the time inside the UNet, "
         "prompts being encoded on another thread."
     )
 

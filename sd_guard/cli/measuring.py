@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from PIL import Image
@@ -27,6 +27,8 @@ from sd_guard.cli.options import (
     one_line,
 )
 from sd_guard.screening.settings import ModelSettings, check_seed
+
+CalibratedDepth = Literal["full", "quick"]
 
 
 def evaluate_statistics(
@@ -76,6 +78,7 @@ def calibrate_model(
     out: Annotated[Path, typer.Option(help="The calibration file to write.")],
     false_positive_rate: Annotated[float, typer.Option(help="Share of benign images that may be flagged.")] = 0.01,
     memorized: Annotated[Path | None, typer.Option(help="Prompts known to be memorized, if any.")] = None,
+    depth: Annotated[CalibratedDepth, typer.Option(help="Of the screening; full serves auto, too.")] = "full",
     model: Model = None,
     seeds: Seeds = 1,
     seed: FirstSeed = 0,
@@ -90,7 +93,7 @@ def calibrate_model(
 ) -> None:
     """Find the threshold of one configuration from benign prompts.
 
-    Images are sampled up to the guard's last look, and not decoded.
+    Images are sampled up to the guard's last look, and not decoded; with --depth quick, none is sampled.
     """
     from sd_guard.screening.calibrating import CalibrationSettings, calibrate, plan_calibration
     from sd_guard.screening.loading import load_pipeline
@@ -113,6 +116,7 @@ def calibrate_model(
             seeds=seeds,
             seed=seed,
             batch_size=batch_size,
+            depth=depth,
         )
         plan = plan_calibration(settings, resume=resume)
     with one_line(FAILED), interruptible(settings.partial):

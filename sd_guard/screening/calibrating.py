@@ -1,7 +1,7 @@
 """Calibrates a model on a list of benign prompts: the engine of `sd-guard calibrate`.
 
-Images are sampled only up to the guard's last look, and never decoded. Finished batches are kept beside the calibration
-until that is written: whatever ends the work, no more than the batch in flight is lost.
+Images are sampled only up to the guard's last look, and never decoded; for quick depth, not at all. Finished batches
+are kept beside the calibration until that is written: whatever ends the work, no more than the batch in flight is lost.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from sd_guard.screening.jobs import Job
+from sd_guard.screening.jobs import Job, expand
 from sd_guard.screening.loading import first_line
 from sd_guard.screening.prompts import MAX_SEED, PromptRow, read_prompts
 from sd_guard.screening.records import write_atomic
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sd_guard.guard import GuardRecord
 
 SETTINGS_FILE: Final = "settings.json"
+Score: TypeAlias = "Callable[[Sequence[str], Sequence[int]], list[GuardRecord]]"  # of prompts and seeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +41,10 @@ class CalibrationSettings:
         memorized: Prompts known to be memorized, or None; they choose how the score weighs its parts.
         false_positive_rate: Alpha, in (0, 1).
         seeds: Images a prompt, >= 1.
-        seed: Of the first image of prompts without their own, in [0, 2**63); each further image has the next.
+        seed: Of the first image of prompts without their own, in [0, 2**63); each further image has the next. At quick
+            depth of the first image of each such prompt, as a run has them.
         batch_size: Images a batch, >= 1; may be another when resumed.
+        depth: Of the screening that it is for; `auto` decides by that of its images, `full`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -54,6 +58,7 @@ class CalibrationSettings:
     seeds: int = 1
     seed: int = 0
     batch_size: int = 16
+    depth: Literal["full", "quick"] = "full"
 
     def __post_init__(self) -> None:
         """Checks what needs no file."""
@@ -61,6 +66,8 @@ class CalibrationSettings:
             raise ValueError(f"--false-positive-rate is {self.false_positive_rate}; use a number above 0 and below 1")
         if self.model.calibration is not None:
             raise ValueError(f"{self.model.calibration}: a calibration is made without one; leave --calibration out")
+        if self.depth not in ("full", "quick"):
+            raise ValueError(f"--depth is {self.depth!r}; use full, also for --depth auto, or quick")
         self._as_run()
 
     @property
@@ -82,6 +89,7 @@ class CalibrationSettings:
             seeds=self.seeds,
             seed=self.seed,
             batch_size=self.batch_size,
+            depth=self.depth,
         )
 
 
@@ -109,7 +117,11 @@ def plan_calibration(settings: CalibrationSettings, *, resume: bool = False) -> 
     both = {row.prompt for row in benign} & {row.prompt for row in memorized}
     if both:
         raise ValueError(f"{settings.memorized}: {min(both)!r} is also in {settings.prompts}; a prompt is one or other")
-    jobs = tuple(_expand([*benign, *memorized], settings))
+    rows = [*benign, *memorized]
+    # At full depth, images that share their noise are not independent. At quick depth those of a run do share it, and
+    # what the noise says of all prompts alike belongs into the threshold.
+    quickly = settings.depth == "quick"
+    jobs = tuple(expand(rows, seeds=settings.seeds, seed=settings.seed) if quickly else _expand(rows, settings))
     _open_partial(settings, resume=resume)
     return CalibrationPlan(settings, jobs, len(benign) * settings.seeds)
 
@@ -129,11 +141,18 @@ def calibrate(plan: CalibrationPlan, load: Callable[[ModelSettings], Pipeline]) 
 
     settings, model = plan.settings, plan.settings.model
     pipe = load(model)
-    guard = pipe.guard
-    records = _score_missing(pipe, plan)
-    fingerprint = take_fingerprint(
-        pipe, steps=model.steps, guidance_scale=model.guidance_scale, height=model.height, width=model.width
-    )
+    size: dict[str, Any] = {"height": model.height, "width": model.width}
+    if settings.depth == "quick":
+        from sd_guard.screening.quick import QuickScreener
+
+        screener = QuickScreener.make(pipe, model, batch_size=settings.batch_size)
+        guard, fingerprint, score = screener.guard, screener.fingerprint, screener.measure
+    else:
+        asked: dict[str, Any] = {name: value for name, value in size.items() if value is not None}
+        asked |= {"num_inference_steps": model.steps, "guidance_scale": model.guidance_scale}
+        guard, score = pipe.guard, partial(score_prompts, pipe, **asked)
+        fingerprint = take_fingerprint(pipe, steps=model.steps, guidance_scale=model.guidance_scale, **size)
+    records = _score_missing(score, plan)
     calibrator = Calibrator(guard, fingerprint, settings.false_positive_rate, settings.seeds)
     calibrator.update(records[: plan.benign])
     calibrator.update(records[plan.benign :], memorized=True)
@@ -179,20 +198,18 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
     return output.records
 
 
-def _score_missing(pipe: Pipeline, plan: CalibrationPlan) -> list[GuardRecord]:
+def _score_missing(score: Score, plan: CalibrationPlan) -> list[GuardRecord]:
     """All records, in the order of the jobs; each batch is written as soon as it is there."""
     from tqdm import tqdm
 
-    settings, model = plan.settings, plan.settings.model
-    arguments: dict[str, Any] = {"num_inference_steps": model.steps, "guidance_scale": model.guidance_scale}
-    arguments |= {name: size for name, size in (("height", model.height), ("width", model.width)) if size is not None}
+    settings = plan.settings
     done = _read_batches(settings.partial)
     todo = [job for job in plan.jobs if job.index not in done]
     with tqdm(total=len(plan.jobs), initial=len(done), desc="calibrating", unit="image") as bar:
         for start in range(0, len(todo), settings.batch_size):
             jobs = todo[start : start + settings.batch_size]
             try:
-                records = score_prompts(pipe, [job.prompt for job in jobs], [job.seed for job in jobs], **arguments)
+                records = score([job.prompt for job in jobs], [job.seed for job in jobs])
             except Exception as error:  # out of memory, or whatever the model raises
                 raise ValueError(
                     f"a batch of {len(jobs)} images could not be scored ({first_line(error)}); go on with --resume, "

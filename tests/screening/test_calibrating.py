@@ -19,6 +19,7 @@ from sd_guard.fingerprint import take_fingerprint
 from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.screening.calibrating import CalibrationSettings, calibrate, plan_calibration, score_prompts
+from sd_guard.screening.quick import QuickScreener
 from sd_guard.screening.settings import ModelSettings
 
 STEPS = 8
@@ -178,6 +179,22 @@ def test_the_calibration_is_that_of_the_records(
         guarded("x", num_inference_steps=STEPS + 1)
 
 
+def test_of_quick_depth(settings: CalibrationSettings, make: Any) -> None:
+    """The threshold is that of quick scores, at the seeds that a run has; the screening of that depth takes it."""
+    settings = replace(settings, depth="quick", seed=5)
+    plan = plan_calibration(settings)
+    assert {job.seed for job in plan.jobs} == {5}
+    pipe = make()
+    calibration = calibrate(plan, lambda _: pipe)
+    assert pipe.calls == 0  # nothing was sampled
+    screener = QuickScreener.make(pipe, settings.model, batch_size=4, calibration=calibration)
+    scores = [record.score for record in screener.measure(BENIGN, [5] * len(BENIGN))]
+    assert calibration.benign_scores == pytest.approx(sorted(scores), abs=1e-3)
+    assert screener.threshold == pytest.approx(max(scores), abs=1e-3)
+    with pytest.raises(ValueError, match="made for another configuration"):
+        calibration.check(take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5))
+
+
 @pytest.mark.parametrize("kill_at", [0, 1, 2])
 @pytest.mark.parametrize("batch_size", [4, 2])
 def test_killed_work_resumes_and_repeats_only_the_batch_in_flight(
@@ -269,6 +286,7 @@ def test_images_have_seeds_of_their_own(settings: CalibrationSettings) -> None:
         ({"false_positive_rate": 0.01, "memorized": True}, r"needs at least 198 with --memorized, half of them"),
         ({"false_positive_rate": 0.0}, "--false-positive-rate is 0.0; use a number above 0 and below 1"),
         ({"false_positive_rate": math.nan}, "--false-positive-rate is nan"),
+        ({"depth": "auto"}, "--depth is 'auto'; use full, also for --depth auto, or quick"),
         ({"seeds": 0}, "--seeds is 0; use a whole number >= 1"),
         ({"batch_size": 0}, "--batch-size is 0; use a whole number >= 1"),
         ({"seed": -1}, "--seed is -1; use a number from 0"),
