@@ -43,7 +43,8 @@ def detection_table(result: dict[str, Any], count: int | None = None) -> str:
 
     Each is at its own best step.
     """
-    asked = [f"{kind} / novel + plain, {n}" for kind in ("verbatim", "template") for n in ("1 image", "4 images")]
+    several = f"{result['settings']['seeds']} images"
+    asked = [f"{kind} / novel + plain, {n}" for kind in ("verbatim", "template") for n in ("1 image", several)]
     columns = [{row["statistic"]: row for row in result["best_steps"][question]} for question in asked]
     merits: dict[str, float] = {}
     for column in columns:
@@ -59,7 +60,8 @@ def detection_table(result: dict[str, Any], count: int | None = None) -> str:
         lanes = next(column[name]["lanes"] for column in columns if name in column)
         cells = [cell(column[name]) if name in column else "-" for column in columns]
         rows.append((name, f"{lanes:.3g}", *cells))
-    return table(("statistic", "extra lanes", "verbatim, n = 1", "n = 4", "template, n = 1", "n = 4"), rows)
+    n = f"n = {result['settings']['seeds']}"
+    return table(("statistic", "extra lanes", "verbatim, n = 1", n, "template, n = 1", n), rows)
 
 
 def flagged(result: dict[str, Any]) -> str:
