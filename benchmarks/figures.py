@@ -202,7 +202,7 @@ def evasion_table(result: dict[str, Any]) -> str:
 def figures() -> str:
     """The whole section."""
     makes = ("", "_unseen", "_third", "_fourth")
-    truth, second, weak, kept = (load(f"reference{name}")["report"] for name in makes)
+    truth, second, weak = (load(f"reference{name}")["report"] for name in makes[:3])
     detection, unseen, third, fourth = (load(f"detection{name}") for name in makes)
     mitigation, other, weaker, last = (load(f"mitigation{name}") for name in makes)
     overhead, place = load("overhead"), detection["provenance"]
@@ -250,9 +250,9 @@ def figures() -> str:
             f"that reproduce a verbatim source, {percent(weaker['verbatim']['flagged_of_copies'])}.",
             "*A fourth checkpoint* (noise prediction, linear betas, a world and an autoencoder of its own; "
             "`benchmarks/reference/fourth`, in no wheel): its `report` rows were run once, when detector and plan were "
-            f"settled, and nothing was changed since. {percent(kept['verbatim_reproduced'])} of its verbatim prompts "
-            f"are reproduced, {percent(kept['template_reproduced'])} of its templates. The guard, and the ten "
-            "statistics that come next:",
+            f"settled, and nothing was changed since. {percent(last['verbatim']['copies_before'])} of its verbatim "
+            f"images are copies, {percent(last['template']['copies_before'])} of its templates have the fixed part. "
+            "The guard, and the ten statistics that come next:",
             detection_table(fourth, 10),
             f"With a higher AUROC than the guard by then: {above(fourth)}. Flagged: {flagged(fourth)}; of the images "
             f"that reproduce a verbatim source, {percent(last['verbatim']['flagged_of_copies'])}.",

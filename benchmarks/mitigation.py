@@ -24,7 +24,6 @@ from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.reference.reader import reads_as
 
 FIRST_SEED = 20_000  # nothing was chosen by looking at images of these seeds
-SEEDS = 10  # images a memorized prompt, which are few; one of every other
 
 
 def generate_guarded(
@@ -53,9 +52,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
     parser.add_argument("--name", default="mitigation", help="of the result file")
     parser.add_argument("--split", default="report", choices=("tune", "report"))
+    parser.add_argument("--seeds", type=int, default=10, help="images a memorized prompt; one of every other")
     args = parser.parse_args()
     folder: Path = args.checkpoint
-    times = {"verbatim": SEEDS, "template": SEEDS}
+    times = {"verbatim": args.seeds, "template": args.seeds}
     rows = [row for row in load_truth(folder) if row["split"] == args.split for _ in range(times.get(row["family"], 1))]
     prompts = [row["prompt"] for row in rows]
     plain = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)

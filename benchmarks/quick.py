@@ -41,7 +41,7 @@ from sd_guard.settings import guard_to_json
 from sd_guard.statistics.base import StepCall
 
 MODEL = ModelSettings(model=str(checkpoint_path()))
-OTHERS = {name: Path(__file__).parent / "reference" / name for name in ("second", "third", "fourth")}
+OTHERS = {name: Path(__file__).parent / "reference" / name for name in ("second", "third")}
 BATCH = 62  # a quarter of the rows of either split
 SEEDS = range(8, 13)  # of the candidates
 CHOICE_SEEDS = 16  # more, since all prompts of a seed lie higher or lower together
