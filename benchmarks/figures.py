@@ -216,7 +216,9 @@ def figures() -> str:
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
             "bundled checkpoint and some of it of the second and the third, too. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
-            "raw numbers with revision and versions in `benchmarks/results/`.",
+            "raw numbers with revision and versions in `benchmarks/results/`. Detection, quick depth, and mitigation "
+            "on all but the second checkpoint are of today's detector and plan; what else is here was measured before "
+            "they were last changed.",
             f"*The reference.* {percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(truth['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(truth['reads_as_caption']['novel'])} of novel images read as their caption.",
@@ -262,10 +264,11 @@ def figures() -> str:
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand:",
             mitigation_table(mitigation),
-            "These rows and some of the seeds were seen before, by three earlier detectors; what was changed since was "
+            "These rows and some of the seeds were seen before, by four earlier detectors; what was changed since was "
             "chosen on `tune` rows. Where one prompt in twenty is memorized, lanes are "
-            f"{mitigation['stream_of_5_percent']:.3f} times those of plain sampling. The same on the second checkpoint "
-            f"({other['stream_of_5_percent']:.3f} times):",
+            f"{mitigation['stream_of_5_percent']:.3f} times those of plain sampling. On the second checkpoint, by the "
+            f"plan and the detector before (revision {other['provenance']['git']}; "
+            f"{other['stream_of_5_percent']:.3f} times):",
             mitigation_table(other),
             f"On the third ({weaker['stream_of_5_percent']:.3f} times):",
             mitigation_table(weaker),
