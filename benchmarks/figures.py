@@ -166,9 +166,8 @@ def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
     sharing = ", ".join(f"{line['speedup']:.2f} with {engine}" for engine, line in result["workers"].items())
     best = min(quick["time"], key=lambda line: line["milliseconds_a_prompt"])
     found = "; ".join(
-        f"{name}: {line['verbatim']['auroc']:.4f} (verbatim) and {line['template']['auroc']:.4f} (template), "
-        f"{percent(line['flagged']['verbatim'])} and {percent(line['flagged']['novel'])} of novel ones flagged"
-        for name, line in quick["report"].items()
+        f"{name}: {quick[key]['verbatim']['auroc']:.4f} (verbatim) and {quick[key]['template']['auroc']:.4f} (template)"
+        for name, key in (("bundled", "report"), ("second", "second_checkpoint_report"))
     )
     return (
         f"{most['prompts']:,} prompts without a model take {most['seconds']:.1f} s, {scale['overhead']:.0f} "
@@ -177,7 +176,7 @@ def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
         f"{sharing}. "
         f"{kills['resumed']} of {kills['runs']} runs, killed {kills['kills']} times in all, had the records of one "
         f"that was not, with at most {kills['repeated_most']} batch a kill screened again. Quick depth, AUROC against "
-        f"novel and plain prompts: {found}; {quick['report']['bundled']['lanes_mean']:.2f} lanes a prompt, and at the "
+        f"novel and plain prompts: {found}; {quick['report']['lanes_mean']:.2f} lanes a prompt, and at the "
         f"best batch ({best['batch']}) {percent(best['share_inside_unet'])} of the time inside the UNet, "
         "prompts being encoded on another thread."
     )
@@ -201,10 +200,10 @@ def evasion_table(result: dict[str, Any]) -> str:
 
 def figures() -> str:
     """The whole section."""
-    makes = ("", "_unseen", "_third", "_fourth")
-    truth, second, weak = (load(f"reference{name}")["report"] for name in makes[:3])
-    detection, unseen, third, fourth = (load(f"detection{name}") for name in makes)
-    mitigation, other, weaker, last = (load(f"mitigation{name}") for name in makes)
+    makes = ("", "_unseen", "_third")
+    truth, second, weak = (load(f"reference{name}")["report"] for name in makes)
+    detection, unseen, third = (load(f"detection{name}") for name in makes)
+    mitigation, other, weaker = (load(f"mitigation{name}") for name in makes)
     overhead, place = load("overhead"), detection["provenance"]
     speed = "; ".join(
         f"{line['ratio_median']:.3f} ({line['ratio_quartiles'][0]:.3f} to {line['ratio_quartiles'][1]:.3f}) "
@@ -216,7 +215,7 @@ def figures() -> str:
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
             "bundled checkpoint and some of it of the second and the third, too. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
-            "raw numbers with revision and versions in `benchmarks/results/`. Detection, quick depth, and mitigation "
+            "raw numbers with revision and versions in `benchmarks/results/`. Detection, and mitigation "
             "on all but the second checkpoint are of today's detector and plan; what else is here was measured before "
             "they were last changed.",
             f"*The reference.* {percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
@@ -250,14 +249,6 @@ def figures() -> str:
             detection_table(third, 6),
             f"With a higher AUROC than the guard by then: {above(third)}. Flagged: {flagged(third)}; of the images "
             f"that reproduce a verbatim source, {percent(weaker['verbatim']['flagged_of_copies'])}.",
-            "*A fourth checkpoint* (noise prediction, linear betas, a world and an autoencoder of its own; "
-            "`benchmarks/reference/fourth`, in no wheel): its `report` rows were run once, when detector and plan were "
-            f"settled, and nothing was changed since. {percent(last['verbatim']['copies_before'])} of its verbatim "
-            f"images are copies, {percent(last['template']['copies_before'])} of its templates have the fixed part. "
-            "The guard, and the ten statistics that come next:",
-            detection_table(fourth, 10),
-            f"With a higher AUROC than the guard by then: {above(fourth)}. Flagged: {flagged(fourth)}; of the images "
-            f"that reproduce a verbatim source, {percent(last['verbatim']['flagged_of_copies'])}.",
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
             "checkpoint.",
             sweep_table(load("sweep"), load("sweep_unseen")),
@@ -272,8 +263,6 @@ def figures() -> str:
             mitigation_table(other),
             f"On the third ({weaker['stream_of_5_percent']:.3f} times):",
             mitigation_table(weaker),
-            f"And on the fourth ({last['stream_of_5_percent']:.3f} times), which nothing was chosen by:",
-            mitigation_table(last),
             "*Every mitigation* by itself: its first change, to all verbatim prompts, whatever the guard thinks of "
             "it. Reproduced and on caption are shares of images; diversity is the distance between two seeds, distance "
             "that from the unguarded image; lanes, seconds and memory are beyond an unguarded batch of four. The last "
