@@ -167,7 +167,11 @@ def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
     best = min(quick["time"], key=lambda line: line["milliseconds_a_prompt"])
     found = "; ".join(
         f"{name}: {quick[key]['verbatim']['auroc']:.4f} (verbatim) and {quick[key]['template']['auroc']:.4f} (template)"
-        for name, key in (("bundled", "report"), ("second", "second_checkpoint_report"))
+        for name, key in (
+            ("bundled", "report"),
+            *((m, f"{m}_checkpoint_report") for m in ("second", "third", "fourth")),
+        )
+        if key in quick
     )
     return (
         f"{most['prompts']:,} prompts without a model take {most['seconds']:.1f} s, {scale['overhead']:.0f} "

@@ -41,7 +41,9 @@ from sd_guard.settings import guard_to_json
 from sd_guard.statistics.base import StepCall
 
 MODEL = ModelSettings(model=str(checkpoint_path()))
-OTHERS = {name: Path(__file__).parent / "reference" / name for name in ("second", "third")}
+OTHERS = {
+    f"{name}_checkpoint_report": Path(__file__).parent / "reference" / name for name in ("second", "third", "fourth")
+}
 BATCH = 62  # a quarter of the rows of either split
 SEEDS = range(8, 13)  # of the candidates
 CHOICE_SEEDS = 16  # more, since all prompts of a seed lie higher or lower together
@@ -127,13 +129,13 @@ def main() -> None:
     lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 1, OwnControl, own))
     lines += [guided_line(pipe, rows, steps=25), full_line(pipe, rows)]
     chosen = measure(QuickScreener.make(pipe, MODEL, batch_size=BATCH), rows, range(CHOICE_SEEDS))
-    report = {
+    reports = {
         name: measure(
             QuickScreener.make(load(folder), MODEL, batch_size=BATCH),
             rows_of("report", folder),
             range(REPORT_SEED, REPORT_SEED + CHOICE_SEEDS),
         ).line(threshold)
-        for name, folder in {"bundled": checkpoint_path(), **OTHERS}.items()
+        for name, folder in {"report": checkpoint_path(), **OTHERS}.items()
     }
     result = {
         "settings": {"steps": MODEL.steps, "seeds": list(SEEDS), "seeds_of_the_choice": CHOICE_SEEDS},
@@ -141,7 +143,7 @@ def main() -> None:
         "choice": {key: json.loads(guard_to_json(QUICK))[key] for key in ("observe_at", "probes", "detector")},
         "least_threshold": round(chosen.least_threshold(), 4),
         "chosen": chosen.line(threshold),
-        "report": report,
+        **reports,
         "time": [timing(pipe, rows, batch) for batch in (8, 16, 32, 64, 124)],
     }
     print(write_result("quick", result))
