@@ -259,10 +259,11 @@ def figures() -> str:
             f"images are copies, {percent(last['template']['copies_before'])} of its templates have the fixed part. "
             "The guard, and the ten statistics that come next:",
             detection_table(fourth, 10),
-            f"With a higher AUROC than the guard by then: {', '.join(sorted(others_above(fourth)))}. Flagged: {flagged(fourth)}; of the images "
-            f"that reproduce a verbatim source, {percent(last['verbatim']['flagged_of_copies'])}. The default fails there: with "
-            "linear betas the early looks are at noise levels of 130 to 70 times the image, where a noise prediction "
-            "says next to nothing of the image. Calibration does not mend that; later looks of `added_detail` do.",
+            f"With a higher AUROC than the guard by then: {', '.join(sorted(others_above(fourth)))}. "
+            f"Flagged: {flagged(fourth)}; of the images that reproduce a verbatim source, "
+            f"{percent(last['verbatim']['flagged_of_copies'])}. The default fails there: with linear betas the early "
+            "looks are at noise levels of 130 to 70 times the image, where a noise prediction seems to say next to "
+            "nothing of the image. Calibration mends little of that; looking later would (`added_detail` at step 10).",
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
             "checkpoint.",
             sweep_table(load("sweep"), load("sweep_unseen")),
