@@ -262,7 +262,7 @@ def figures() -> str:
             f"With a higher AUROC than the guard by then: {', '.join(sorted(others_above(fourth)))}. "
             f"Flagged: {flagged(fourth)}; of the images that reproduce a verbatim source, "
             f"{percent(last['verbatim']['flagged_of_copies'])}. The default fails there: with linear betas the early "
-            "looks are at noise levels of 130 to 70 times the image, where a noise prediction seems to say next to "
+            "looks are at noise levels of 108 to 74 times the image, where a noise prediction seems to say next to "
             "nothing of the image. Calibration mends little of that; looking later would (`added_detail` at step 10).",
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
             "checkpoint.",

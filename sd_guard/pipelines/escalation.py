@@ -105,13 +105,14 @@ class Escalation:
     def _next(self, row: int) -> Change | None:
         """The next change that the image can still afford; closes its case where there is none.
 
-        A mitigation whose next change is too dear has ended: what comes after it may cost less.
+        A mitigation whose next change is too dear has ended: what comes after it may cost less. So has one that comes
+        back to a prompt that was tried, as a wider search does where a narrower one had found all there is.
         """
         case, policy = self.cases[row], self.guard.policy
         left = self.proposals.setdefault(row, self._propose(row))
         while left and case.may_attempt(policy, self.cost):
             change = next(left[0], None)
-            if change is not None and case.may_attempt(policy, self._cost_of(change)):
+            if change is not None and not _was_tried(change, case) and case.may_attempt(policy, self._cost_of(change)):
                 return change
             del left[0]
         case.close()
@@ -220,3 +221,9 @@ class Escalation:
             encode_tokens=token_encoder(self.pipe, self.inputs.encode, prompt),
         )
         return [mitigation.propose(subject) for mitigation in self.guard.plan]
+
+
+def _was_tried(change: Change, case: Case) -> bool:
+    """Whether an attempt before had this prompt from the same mitigation."""
+    tried = [(attempt.mitigation, attempt.prompt) for attempt in case.attempts]
+    return change.prompt is not None and (change.mitigation, change.prompt) in tried

@@ -109,7 +109,8 @@ class QuickScreener:
         noise_shape: C, H, W of a latent.
         batch_size: Lanes of a UNet call, >= 1.
         empty: (1, tokens, width) embedding of the empty prompt.
-        ground: Observed step to the mean detail of the controls of `GROUND_SEEDS`, a scalar tensor.
+        ground: Observed step to the mean detail of the controls of `GROUND_SEEDS`, a scalar tensor; measured with the
+            first batch, so that a model that fails there fails as on any batch.
         cache: Seed to its control, the latest used last.
     """
 
@@ -165,9 +166,7 @@ class QuickScreener:
         with torch.no_grad():
             empty = pipe.encode_prompt([""], pipe._execution_device, 1, False)[0]
         shape = (pipe.unet.config.in_channels, *_latent_size(pipe, model))
-        screener = cls(pipe, guard, fingerprint, scheduler, first, observed, shape, batch_size, empty)
-        screener.ground.update(screener._measure_ground())
-        return screener
+        return cls(pipe, guard, fingerprint, scheduler, first, observed, shape, batch_size, empty)
 
     @property
     def threshold(self) -> float | None:
@@ -189,6 +188,8 @@ class QuickScreener:
     @torch.no_grad()
     def measure(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[GuardRecord]:
         """Scores N prompts, each at a seed in [0, 2**63); the outcome of a flagged one is `kept`."""
+        if not self.ground:
+            self.ground.update(self._measure_ground())
         seeds_once = {seed: place for place, seed in enumerate(dict.fromkeys(seeds))}
         own = torch.tensor([seeds_once[seed] for seed in seeds], device=self.empty.device)
         control = self._controls(list(seeds_once)).select(own)
@@ -230,14 +231,14 @@ class QuickScreener:
             self.cache.popitem(last=False)
         return joined
 
-    @torch.no_grad()
     def _measure_ground(self) -> dict[int, Tensor]:
+        """At each observed step, over the seeds whose control is finite."""
         control, kind = self._controls(list(GROUND_SEEDS)), prediction_type(self.pipe)
         details = {
             place.step: detail(interpret(control.output[:, k], control.x[:, k], place.level, kind).x0_hat)
             for k, place in enumerate(self.observed)
         }
-        return {step: each.clamp(min=CONTROL_FLOOR).mean() for step, each in details.items()}
+        return {step: each[each.isfinite()].clamp(min=CONTROL_FLOOR).mean() for step, each in details.items()}
 
     def _evaluate_controls(self, seeds: Sequence[int]) -> Control:
         texts, inputs = self.empty.expand(len(seeds), -1, -1), self._walk(seeds)

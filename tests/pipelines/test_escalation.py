@@ -23,6 +23,14 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Rewrite:
+    """One prompt, always the same."""
+
+    def propose(self, subject: Subject) -> Iterator[Change]:
+        yield Change("rewrite", 1.0, subject.encode(["another"])[0], "another")
+
+
 def call(pipe: Any, **arguments: Any) -> Any:
     arguments = {"prompt": PROMPTS, "generator": seeded(1, 2, 3)} | arguments
     return pipe(**arguments, num_inference_steps=STEPS, output_type="latent")
@@ -82,6 +90,15 @@ def test_an_endless_mitigation_ends(guarded: Any, doubt: tuple[float, float], at
     guard = watching(-math.inf, (Endless(),), doubt=doubt).with_policy(max_attempts=1000, budget=50)
     output = call(guarded(guard))
     assert [(len(record.attempts), record.extra_lanes) for record in output.records] == [(attempts, lanes)] * 3
+
+
+def test_a_prompt_that_was_tried_is_not_tried_again(guarded: Any) -> None:
+    """A second search with nothing new ends; what comes after it is tried."""
+    plan = (Rewrite(), Rewrite(), EmbeddingNoise(strengths=(0.5,)))
+    output = call(guarded(watching(-math.inf, plan), budget=100))
+    assert [[attempt.mitigation for attempt in record.attempts] for record in output.records] == [
+        ["rewrite", "embedding_noise"]
+    ] * 3
 
 
 def test_escalates_until_it_passes(guarded: Any) -> None:

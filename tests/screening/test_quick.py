@@ -106,7 +106,8 @@ def test_a_prompt_costs_one_lane_and_one_more_a_probe(
     make: Callable[..., QuickScreener], middling: PrematureDetail
 ) -> None:
     screener, seeds = make(middling), [0] * len(PROMPTS)
-    screener.cache.clear()  # it began with a few seeds
+    screener.measure(PROMPTS, seeds)  # the first batch measures the ground, with seeds that are kept
+    screener.cache.clear()
     with CountLanes(screener.pipe.unet) as first:
         records = screener.measure(PROMPTS, seeds)
     with CountLanes(screener.pipe.unet) as again:
@@ -136,6 +137,31 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(
     screener = make(middling)
     alone = [screener.measure([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
     assert together == backwards == alone
+
+
+def test_a_seed_whose_control_is_not_finite_harms_no_other(make: Callable[..., QuickScreener]) -> None:
+    """Not even where it is one of those that the ground is measured by."""
+    screener = make(NOBODY)
+    evaluate = QuickScreener._evaluate_controls
+
+    def broken(self: QuickScreener, seeds: Any) -> Any:
+        control = evaluate(self, seeds)
+        for row, seed in enumerate(seeds):
+            if seed == GROUND_SEEDS[3]:
+                control.output[row] = math.nan
+        return control
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuickScreener, "_evaluate_controls", broken)
+        records = screener.measure(PROMPTS[:2], [GROUND_SEEDS[3], 40])
+    assert [record.verdict for record in records] == ["unscored", "pass"]
+
+
+def test_nothing_is_evaluated_before_the_first_batch(make: Callable[..., QuickScreener]) -> None:
+    """So that a model that fails fails as on any batch, with a reason in the row."""
+    with CountLanes(make(NOBODY).pipe.unet) as lanes:
+        make(NOBODY)
+    assert lanes.rows == 0
 
 
 def test_more_seeds_than_are_kept_give_the_same_records(make: Callable[..., QuickScreener]) -> None:
