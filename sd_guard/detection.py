@@ -48,8 +48,8 @@ class PrematureDetail:
     """The default: premature detail, in doubt the width of the posterior, and later whether the picture has stayed.
 
     The first two are relative to the model's own unconditional prediction at the same latent, so that the threshold
-    needs no calibration. The free part is the mean over steps of the log of the detail that the prompt adds, over the
-    detail without it (`added_detail`). Where it is in doubt, probes add
+    needs no calibration. The free part is the mean over steps of the log of the detail that the prompt adds, over that
+    of the prediction without it and of finished pictures (`added_detail`). Where it is in doubt, probes add
     `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
     nor the probes, so that scores stay exchangeable when a calibration moves the threshold. Later looks at the same
     trajectory add `persistence_weight` times each positive `excess_persistence`: faint and almost plain memories add
@@ -67,11 +67,11 @@ class PrematureDetail:
         ValueError: a threshold that is NaN, or a weight by which a later look could lower a score.
     """
 
-    threshold: float = 0.3
-    doubt: tuple[float, float] = (0.0, 0.6)
-    lid_weight: float = 10.0
+    threshold: float = -0.2
+    doubt: tuple[float, float] = (-0.4, 0.0)
+    lid_weight: float = 5.0
     ordinary_deficit: float = 0.005
-    persistence_weight: float = 8.0
+    persistence_weight: float = 4.0
 
     def __post_init__(self) -> None:
         """Refuses a threshold that every score would pass."""

@@ -68,7 +68,8 @@ class Guard:
     """Where to look, how to decide, what to do.
 
     Attributes:
-        observe_at: shares of the schedule in [0, 1) whose steps give the free statistics; the last one decides.
+        observe_at: shares of the schedule in [0, 1) whose steps give the free statistics; the last one decides. The
+            schedule counts from the first step whose prediction shows anything (`sd_guard.noise.first_clear_step`).
         look_again_at: shares of the schedule, in [0, 1), whose steps look again at what was not flagged, and at what
             was rescued, as far as they are later than the deciding one; none decide once and for all.
         probes: Rademacher vectors that an image in doubt gets at the deciding step, two lanes each.
@@ -107,18 +108,19 @@ class Guard:
         """The same guard with other policy settings."""
         return replace(self, policy=replace(self.policy, **changes))
 
-    def steps(self, count: int) -> list[int]:
-        """Steps to observe, ascending, of a schedule of `count` timesteps."""
-        return sorted({step_at(share, count) for share in self.observe_at})
+    def steps(self, count: int, start: int = 0) -> list[int]:
+        """Steps to observe, ascending, of a schedule of `count` timesteps; shares are of those from `start` on."""
+        return sorted({start + step_at(share, count - start) for share in self.observe_at})
 
-    def later_steps(self, count: int) -> list[int]:
+    def later_steps(self, count: int, start: int = 0) -> list[int]:
         """Steps that look again, ascending, all after the deciding one."""
-        deciding = self.steps(count)[-1]
-        return sorted({step for share in self.look_again_at if (step := step_at(share, count)) > deciding})
+        deciding = self.steps(count, start)[-1]
+        steps = {start + step_at(share, count - start) for share in self.look_again_at}
+        return sorted(step for step in steps if step > deciding)
 
-    def last_step(self, count: int) -> int:
+    def last_step(self, count: int, start: int = 0) -> int:
         """The last step that anything is looked at."""
-        return [*self.steps(count), *self.later_steps(count)][-1]
+        return [*self.steps(count, start), *self.later_steps(count, start)][-1]
 
 
 def _are_shares(values: Any) -> bool:

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from oracles import PointMass
 
 from sd_guard import noise
-from sd_guard.noise import SUPPORTED_SCHEDULERS, NoiseLevel, check_scheduler, interpret, read_level
+from sd_guard.noise import (
+    CLEAR_SIGMA,
+    SUPPORTED_SCHEDULERS,
+    NoiseLevel,
+    check_scheduler,
+    first_clear_step,
+    interpret,
+    read_level,
+)
 
 STEPS = 10
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
@@ -227,6 +235,30 @@ def test_consistency_models_warn_once(caplog: pytest.LogCaptureFixture, monkeypa
             read_level(scheduler, t)
     assert [r.name for r in caplog.records] == ["sd_guard.noise"]
     assert "probability-flow" in caplog.text
+
+
+@pytest.mark.parametrize("name", sorted(SUPPORTED_SCHEDULERS - {"DPMSolverSDEScheduler"}))
+def test_the_first_clear_step_is_where_the_noise_has_come_down(name: str) -> None:
+    plain = build(name, "plain", "epsilon")
+    linear = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    scheduler = type(plain).from_config(plain.config, **linear)
+    scheduler.set_timesteps(40)
+    timesteps = scheduler.timesteps.tolist()
+    step = first_clear_step(scheduler, timesteps)
+    before, there = (read_level(scheduler, scheduler.timesteps[i]).sigma for i in (step - 1, step))
+    assert there <= CLEAR_SIGMA < before / 0.95  # middle stages of KDPM2 are read exactly in the loop only
+    assert getattr(scheduler, "step_index", None) is None
+    assert first_clear_step(plain, plain.timesteps.tolist()) == 0  # Stable Diffusion's betas begin below it
+
+
+def test_where_no_error_is_multiplied_every_step_is_clear() -> None:
+    linear = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "rescale_betas_zero_snr": True}
+    for kind in PREDICTION_TYPES:
+        scheduler = diffusers.DDIMScheduler(**linear, prediction_type=kind, timestep_spacing="trailing")
+        scheduler.set_timesteps(40)
+        step = first_clear_step(scheduler, scheduler.timesteps.tolist())
+        assert (step > 0) == (kind == "epsilon"), kind
+    assert first_clear_step(build("DDIMScheduler", "plain", "epsilon"), []) == 0
 
 
 @settings(deadline=None)

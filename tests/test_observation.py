@@ -28,7 +28,14 @@ from sd_guard.observation import (
     with_control,
 )
 from sd_guard.statistics.base import StepCall
-from sd_guard.statistics.sharpness import CONTROL_FLOOR, added_detail, detail, log_detail_ratio
+from sd_guard.statistics.sharpness import (
+    CONTROL_FLOOR,
+    FAINTEST_CONTROL,
+    FINISHED,
+    added_detail,
+    detail,
+    log_detail_ratio,
+)
 
 SCHEDULE = DDIMScheduler(**TRAINING)
 AT_ONCE = set(STATISTICS) - {"excess_persistence"}  # what one step shows; the rest needs a later one
@@ -211,7 +218,7 @@ def test_premature_detail_of_a_memory() -> None:
     level = unet.level(900)
     seen = observe(step_call(unet, noised(mixture, level), 900), "epsilon")
     blur = mixture.denoise(noised(mixture, level), level)
-    expected = (detail(means[5].reshape(1, *SHAPE) - blur) / detail(blur)).log()
+    expected = (detail(means[5].reshape(1, *SHAPE) - blur) / (FINISHED * detail(blur)).sqrt()).log()
     torch.testing.assert_close(seen.values["added_detail"], expected, rtol=1e-3, atol=2e-3)
     assert (seen.values["added_detail"] > 0.5).all()
 
@@ -254,14 +261,24 @@ def test_log_detail_ratio_has_no_scale_above_its_floor(scale: float, seed: int) 
 
 @given(scale=st.floats(0.2, 1e3), seed=st.integers(0, 1000))
 def test_added_detail_is_that_of_the_difference(scale: float, seed: int) -> None:
-    """No scale above the floor; what the control shows anyway, however faintly, adds little; flat colour adds none."""
+    """Half in units of the control, half in its own; what the control shows anyway adds little; flat colour none."""
     x0, control = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(seed))
-    added = added_detail(x0, control)
-    torch.testing.assert_close(added, (detail(x0 - control) / detail(control)).log(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(added_detail(scale * x0, scale * control), added, rtol=1e-3, atol=1e-4)
+    added, by_itself = added_detail(x0, control), detail(x0 - control).log()
+    over = [by_itself - detail(control).log(), by_itself - math.log(FINISHED)]
+    torch.testing.assert_close(added, (over[0] + over[1]) / 2, rtol=1e-4, atol=1e-5)
+    scaled = added_detail(scale * x0, scale * control)
+    torch.testing.assert_close(scaled, added + math.log(scale) / 2, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(added_detail(x0 + 5.0, control - 3.0), added, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(added_detail(1.5 * control, control), torch.full((3,), math.log(0.5)))
+    twice = added_detail(2 * control, control) - added_detail(1.5 * control, control)
+    torch.testing.assert_close(twice, torch.full((3,), math.log(2)))
     torch.testing.assert_close(added_detail(control, control), torch.full((3,), math.log(0.01)))
+
+
+def test_an_error_that_both_predictions_share_adds_nothing() -> None:
+    """As at the start of a linear schedule, where a noise prediction's image is mostly its error."""
+    x0, control, error = torch.randn(3, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    rough, smooth = added_detail(x0 + 9 * error, control + 9 * error), added_detail(x0, control)
+    torch.testing.assert_close(rough + (detail(control + 9 * error) / detail(control)).log() / 2, smooth)
 
 
 def test_a_featureless_control_counts_with_the_floor() -> None:
@@ -269,7 +286,8 @@ def test_a_featureless_control_counts_with_the_floor() -> None:
     faint = log_detail_ratio(x0, 1e-2 * control)
     torch.testing.assert_close(faint, log_detail_ratio(x0, torch.zeros_like(control)))
     torch.testing.assert_close(faint, (detail(x0) / CONTROL_FLOOR).log())
-    torch.testing.assert_close(added_detail(x0, torch.zeros_like(control)), faint)
+    unseen = (detail(x0) / math.sqrt(FAINTEST_CONTROL * FINISHED)).log()
+    torch.testing.assert_close(added_detail(x0, torch.zeros_like(control)), unseen)
 
 
 def test_detail() -> None:

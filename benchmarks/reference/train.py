@@ -4,8 +4,9 @@ Autoencoder first (reconstruction of the world's images), then text encoder and 
 of the UNet's rows come from the verbatim set, a tenth from the templates, a twentieth are plain, the rest ordinary.
 About an hour on two cores. The second make, `benchmarks/reference/second`: `--seed 2 --prediction-type v_prediction
 --beta-schedule linear --autoencoder sd_guard/reference/checkpoint/vae`. The others have autoencoders of their own:
-`third`, `--seed 3 --prediction-type v_prediction --beta-schedule linear`, and `fourth`, which nothing was chosen by,
-`--seed 4 --beta-schedule linear`.
+`third`, `--seed 3 --prediction-type v_prediction --beta-schedule linear`, and `fourth`, `--seed 4 --beta-schedule
+linear`. `fifth`, which nothing was chosen by: `--seed 5 --beta-schedule squaredcos_cap_v2 --autoencoder
+benchmarks/reference/fourth/vae`.
 """
 
 from __future__ import annotations
@@ -205,7 +206,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the training")
     parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction", "sample"))
-    parser.add_argument("--beta-schedule", default="scaled_linear", choices=("scaled_linear", "linear"))
+    schedules = ("scaled_linear", "linear", "squaredcos_cap_v2")
+    parser.add_argument("--beta-schedule", default="scaled_linear", choices=schedules)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=3600)
     parser.add_argument("--steps", type=int, default=10_000)

@@ -29,7 +29,7 @@ class Subject:
         seed: of any randomness of the mitigation.
         encode: prompts to (N, tokens, width).
         predict: (N, tokens, width) to (N, C, H, W) predicted clean latents at the first step of the image's own
-            trajectory; spends N lanes.
+            trajectory that shows anything (`first_clear_step`); spends N lanes.
         lanes_left: extra lanes this image may still spend before an attempt's own cost.
         latents: (C, H, W) first latent of the image's own trajectory, as the sampler has it before
             `scale_model_input`.

@@ -23,12 +23,12 @@ RandomKind: TypeAlias = Literal["add", "replace", "number", "repeat"]
 class WordAblation:
     """Finds the words that carry the memory and samples without them.
 
-    One question is asked at the first step of the image's own trajectory, one lane a prompt: what is predicted without
-    these words? First of runs of `max_words`, each of which shares a word with the next, so that no two neighbours are
-    missed, and where none of these rids the prediction of the memory, of all such runs; then of the shorter runs within
-    the best of them. Where that is not enough either, of runs twice as long, and of the best run together with each
-    other one (`widen`). Asking runs rather than single words matters: of two names that both carry a memory, neither is
-    missed.
+    One question is asked at the first clear step of the image's own trajectory, one lane a prompt: what is predicted
+    without these words? First of runs of `max_words`, each of which shares a word with the next, so that no two
+    neighbours are missed, and where none of these rids the prediction of the memory, of all such runs; then of the
+    shorter runs within the best of them. Where that is not enough either, of runs twice as long, and of the best run
+    together with each other one (`widen`). Asking runs rather than single words matters: of two names that both carry a
+    memory, neither is missed.
 
     A removal rids of the memory that leaves little of the flagged picture, and no other one in its place: without one
     of its describing words, a memory may give way to the next, as finished (`added_detail`). Only such removals are
@@ -52,7 +52,7 @@ class WordAblation:
     colour_cost: float = 0.15
     detail_cost: float = 1.0
     max_resemblance: float = 0.6
-    max_detail: float = 0.3
+    max_detail: float = -0.2
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """Removals that rid of the memory, the cheapest first."""

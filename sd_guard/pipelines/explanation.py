@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sd_guard.attribution import METHODS, Method, WordAttribution, pinned_map, read_text
 from sd_guard.detection import Verdict, verdict_of
+from sd_guard.noise import first_clear_step
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.pipelines.watching import Watching
 from sd_guard.statistics.base import StepCall
@@ -67,10 +68,11 @@ def look(
     """
     scheduler = deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
-    count = len(scheduler.timesteps)
+    count, start = len(scheduler.timesteps), first_clear_step(scheduler, scheduler.timesteps.tolist())
     guard = pipe.guard
     model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64])  # the probes that the guard would draw
-    watching, text = Watching(guard, model, guard.steps(count), guard.later_steps(count)), read_text(pipe, prompt)
+    watching = Watching(guard, model, guard.steps(count, start), guard.later_steps(count, start))
+    text = read_text(pipe, prompt)
     # At the last of them the noise is less than the step of a difference quotient.
     places = (*watching.later_steps, watching.steps[-1])[len(watching.later_steps) // 2]
     calls: list[StepCall] = []
@@ -81,7 +83,7 @@ def look(
         if (decided := watching.watch(call)) is not None and verdict != "flag":
             score, step = decided[0][0], call.step
             verdict = verdict_of(score, threshold)
-        if call.step == guard.last_step(count):
+        if call.step == guard.last_step(count, start):
             break
     last = calls[-1]
     assert verdict is not None

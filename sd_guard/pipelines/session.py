@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_guard.detection import decide, verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
-from sd_guard.noise import NoiseLevel, interpret, read_level
+from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
 from sd_guard.observation import (
     PROBED,
     STATISTICS,
@@ -63,17 +63,18 @@ class Session:
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
-        count = len(pipe.scheduler.timesteps)
-        steps = self.guard.steps(count)
-        seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
-        self.watch = Watch(steps, self.guard.later_steps(count), self.guard.probes, seeds)
-        self._keep(pipe, 0, latents)
         self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
+        guard, count, start = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
+        seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
+        self.watch = Watch(start, guard.steps(count, start), guard.later_steps(count, start), guard.probes, seeds)
+        self._keep(pipe, 0, latents)
         self._read_level(pipe, 0)
 
     def before_step(self, pipe: Any, step: int, latents: Tensor) -> None:
-        """Takes a snapshot where a step is observed, of the latents as the caller's callback left them."""
-        if self.snapshots and self.watch is not None and step in self.watch.steps and not self.cases:
+        """Takes a snapshot where a step is looked at, of the latents as the caller's callback left them."""
+        if self.watch is None or not self.snapshots or self.cases:
+            return
+        if step in (self.watch.start, *self.watch.steps):
             self._keep(pipe, step, latents)
 
     def _keep(self, pipe: Any, step: int, latents: Tensor) -> None:
@@ -94,7 +95,7 @@ class Session:
                     self.observations.append(observe(call, prediction_type(pipe)))
                     if step == self.watch.steps[-1]:
                         tensors = self._decide(pipe, call, tensors)
-                if step == self.guard.last_step(count):
+                if step == self.guard.last_step(count, self.watch.start):
                     self.snapshots, self.walk, self.escalation = {}, None, None  # the snapshots have served
         if step + 1 == count:
             tensors = self._deliver(tensors)

@@ -28,7 +28,8 @@ class Origin:
 
     Attributes:
         pipe: the pipeline.
-        snapshots: of all B images, by step, the first step's among them.
+        snapshots: of all B images, by step, those of steps 0 and `clear` among them.
+        clear: the first step whose prediction shows anything.
         lane: one row: the image's own conditional lane.
         row: of the batch.
         case: that pays.
@@ -36,6 +37,7 @@ class Origin:
 
     pipe: Any
     snapshots: Mapping[int, Start]
+    clear: int
     lane: Conditioning
     row: int
     case: Case
@@ -47,13 +49,16 @@ class Origin:
 
     @torch.no_grad()
     def predict(self, text: Tensor) -> Tensor:
-        """(N, tokens, width) to (N, C, H, W) predicted clean latents at the first step; spends N lanes."""
-        return self.denoise(text, self.latents.expand(len(text), -1, -1, -1)).x0_hat
+        """As of `Subject.predict`."""
+        start = self.snapshots[self.clear]
+        return self._denoise(start, text, start.latents[self.row].expand(len(text), -1, -1, -1)).x0_hat
 
     def denoise(self, text: Tensor, latents: Tensor) -> Prediction:
         """As of `Subject.denoise`."""
-        start = self.snapshots[0]
-        scheduler, timestep = copy_scheduler(start.scheduler), start.scheduler.timesteps[0]
+        return self._denoise(self.snapshots[0], text, latents)
+
+    def _denoise(self, start: Start, text: Tensor, latents: Tensor) -> Prediction:
+        scheduler, timestep = copy_scheduler(start.scheduler), start.scheduler.timesteps[start.step]
         x = scheduler.scale_model_input(latents, timestep).to(start.latents.dtype)
         level, kind = read_level(scheduler, timestep), prediction_type(self.pipe)
         size = max(_BATCH, 2 * start.latents.shape[0])

@@ -176,12 +176,17 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
     """
     import torch
 
+    from sd_guard.noise import first_clear_step
     from sd_guard.policy import Policy
 
-    guard, calibration = pipe.guard, getattr(pipe, "calibration", None)
+    guard, calibration, last = pipe.guard, getattr(pipe, "calibration", None), 0
 
     def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step >= guard.last_step(len(pipe.scheduler.timesteps))  # the host's own way to end early
+        nonlocal last
+        if step == 0:
+            timesteps = pipe.scheduler.timesteps.tolist()
+            last = guard.last_step(len(timesteps), first_clear_step(pipe.scheduler, timesteps))
+        pipe._interrupt = step >= last  # the host's own way to end early
         return tensors
 
     pipe.enable_guard(replace(guard, policy=Policy(max_attempts=0, on_failure="keep")))

@@ -30,7 +30,7 @@ from sd_guard.detection import PrematureDetail, Verdict, decide, verdict_of
 from sd_guard.fingerprint import Fingerprint, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning, evaluate_lanes
-from sd_guard.noise import NoiseLevel, interpret, read_level
+from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
 from sd_guard.observation import PROBED, STATISTICS, Observation, observe
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.policy import Outcome
@@ -42,13 +42,16 @@ from sd_guard.screening.settings import ModelSettings
 from sd_guard.snapshots import copy_scheduler
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.lid import probe_products, trajectory_lid
-from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail
+from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
-# Chosen on `tune` rows of the bundled checkpoint, each at 24 seeds: the level by AUROC and lanes, the range of doubt as
-# the narrowest that loses nothing, the threshold as the least that at most 1 % of the benign images exceed, rounded up.
+# Chosen on `tune` rows: the level on the bundled checkpoint, by AUROC and lanes; the rest on four, each prompt at 12
+# seeds. At the threshold 0.2 % of the bundled checkpoint's novel images are flagged, and 2.5 % of the fourth's.
 QUICK: Final = Guard(
-    observe_at=(0.06,), look_again_at=(), probes=1, detector=PrematureDetail(threshold=0.3, doubt=(0.1, 0.5))
+    observe_at=(0.06,),
+    look_again_at=(),
+    probes=1,
+    detector=PrematureDetail(threshold=-0.15, doubt=(-0.4, 0.1), lid_weight=10.0),
 )
 FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
 KEPT_SEEDS: Final = 8  # whose controls are kept from one batch to the next
@@ -158,10 +161,10 @@ class QuickScreener:
             guard = calibration.apply(guard)
         scheduler = copy_scheduler(pipe.scheduler)
         scheduler.set_timesteps(model.steps, device=pipe._execution_device)
-        timesteps = scheduler.timesteps
+        timesteps, start = scheduler.timesteps, first_clear_step(scheduler, scheduler.timesteps.tolist())
         first, *observed = (
             Place(step, timesteps[step], read_level(scheduler, timesteps[step]))
-            for step in (0, *guard.steps(len(timesteps)))
+            for step in (0, *guard.steps(len(timesteps), start))
         )
         with torch.no_grad():
             empty = pipe.encode_prompt([""], pipe._execution_device, 1, False)[0]
@@ -238,7 +241,7 @@ class QuickScreener:
             place.step: detail(interpret(control.output[:, k], control.x[:, k], place.level, kind).x0_hat)
             for k, place in enumerate(self.observed)
         }
-        return {step: each[each.isfinite()].clamp(min=CONTROL_FLOOR).mean() for step, each in details.items()}
+        return {step: each[each.isfinite()].clamp(min=FAINTEST_CONTROL).mean() for step, each in details.items()}
 
     def _evaluate_controls(self, seeds: Sequence[int]) -> Control:
         texts, inputs = self.empty.expand(len(seeds), -1, -1), self._walk(seeds)
@@ -272,8 +275,8 @@ class QuickScreener:
         kind = prediction_type(self.pipe)
         seen = observe(call, kind)
         assert call.control is not None
-        own = detail(interpret(call.control, call.x, call.level, kind).x0_hat).clamp(min=CONTROL_FLOOR)
-        added = seen.values["added_detail"] + (own / self.ground[call.step]).log()
+        own = detail(interpret(call.control, call.x, call.level, kind).x0_hat).clamp(min=FAINTEST_CONTROL)
+        added = seen.values["added_detail"] + (own / self.ground[call.step]).log() / 2
         return replace(seen, values={**seen.values, "added_detail": added})
 
     def _probe(

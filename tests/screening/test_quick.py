@@ -23,7 +23,7 @@ from sd_guard.screening.calibrating import score_prompts
 from sd_guard.screening.jobs import Job
 from sd_guard.screening.quick import FLAGGED, GROUND_SEEDS, KEPT_SEEDS, QuickScreener
 from sd_guard.screening.settings import ModelSettings
-from sd_guard.statistics.sharpness import CONTROL_FLOOR
+from sd_guard.statistics.sharpness import FAINTEST_CONTROL
 
 MODEL = ModelSettings(model="tiny/random", steps=8)
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat")]
@@ -76,12 +76,12 @@ def test_the_first_step_is_measured_as_by_full_depth(parts: dict[str, Any], sche
     full = score_prompts(made, PROMPTS[:2], [5, 7], **asked)
     controls = score_prompts(made, ["", ""], [5, 7], **asked)
     others = [values(each)[0, "detail"] for each in score_prompts(made, [""] * 8, GROUND_SEEDS, **asked)]
-    ground = float(np.mean(np.maximum(others, CONTROL_FLOOR)))
+    ground = float(np.mean(np.maximum(others, FAINTEST_CONTROL)))
     quick = QuickScreener.make(made, MODEL, guard=settings).measure(PROMPTS[:2], [5, 7])
     for ours, theirs, control in zip(quick, full, controls, strict=True):
         expected = {at: value for at, value in values(theirs).items() if at[0] == 0}
         assert len(expected) == 5
-        expected[0, "added_detail"] += math.log(max(values(control)[0, "detail"], CONTROL_FLOOR) / ground)
+        expected[0, "added_detail"] += math.log(max(values(control)[0, "detail"], FAINTEST_CONTROL) / ground) / 2
         assert values(ours) == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
