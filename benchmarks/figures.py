@@ -53,8 +53,9 @@ def detection_table(result: dict[str, Any], count: int | None = None) -> str:
     rows: list[tuple[Any, ...]] = []
     for by in (0.2, 0.4, 1.0):
         last = by * result["settings"]["steps"]
-        looks = [max(own, key=lambda row: row["step"]) for own in looks_until(result, asked, last)]
-        rows.append((f"**guard**, by {100 * by:.0f} % of the steps", f"{looks[0]['lanes']:.3g}", *map(cell, looks)))
+        looks = [max(own, key=lambda row: row["step"]) for own in looks_until(result, asked, last) if own]
+        cells = (f"{looks[0]['lanes']:.3g}", *map(cell, looks)) if looks else ("-",) * (1 + len(asked))
+        rows.append((f"**guard**, by {100 * by:.0f} % of the steps", *cells))
     others = sorted((name for name in merits if name != "guard"), key=lambda name: (-merits[name], name))
     for name in others[:count]:
         lanes = next(column[name]["lanes"] for column in columns if name in column)
@@ -169,7 +170,7 @@ def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
         f"{name}: {quick[key]['verbatim']['auroc']:.4f} (verbatim) and {quick[key]['template']['auroc']:.4f} (template)"
         for name, key in (
             ("bundled", "report"),
-            *((m, f"{m}_checkpoint_report") for m in ("second", "third", "fourth")),
+            *((m, f"{m}_checkpoint_report") for m in ("second", "third", "fourth", "fifth")),
         )
         if key in quick
     )
@@ -204,10 +205,10 @@ def evasion_table(result: dict[str, Any]) -> str:
 
 def figures() -> str:
     """The whole section."""
-    makes = ("", "_unseen", "_third", "_fourth")
+    makes = ("", "_unseen", "_third", "_fourth", "_fifth")
     truth, second, weak = (load(f"reference{name}")["report"] for name in makes[:3])
-    detection, unseen, third, fourth = (load(f"detection{name}") for name in makes)
-    mitigation, other, weaker, last = (load(f"mitigation{name}") for name in makes)
+    detection, unseen, third, fourth, fifth = (load(f"detection{name}") for name in makes)
+    mitigation, other, weaker, rough, last = (load(f"mitigation{name}") for name in makes)
     overhead, place = load("overhead"), detection["provenance"]
     speed = "; ".join(
         f"{line['ratio_median']:.3f} ({line['ratio_quartiles'][0]:.3f} to {line['ratio_quartiles'][1]:.3f}) "
@@ -217,7 +218,7 @@ def figures() -> str:
     return "\n\n".join(
         (
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
-            "bundled checkpoint and some of it of the second and the third, too. "
+            "bundled checkpoint and some of it of the second, the third and the fourth, too. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`. Detection, and mitigation "
             "on all but the second checkpoint are of today's detector and plan; what else is here was measured before "
@@ -254,16 +255,26 @@ def figures() -> str:
             f"With a higher AUROC than the guard by then: {above(third)}. Flagged: {flagged(third)}; of the images "
             f"that reproduce a verbatim source, {percent(weaker['verbatim']['flagged_of_copies'])}.",
             "*A fourth checkpoint* (noise prediction, linear betas, a world and an autoencoder of its own; "
-            "`benchmarks/reference/fourth`, in no wheel): its `report` rows were run once, when detector and plan were "
+            "`benchmarks/reference/fourth`, in no wheel). On its `report` rows an earlier detector, settled before it "
+            "was trained, had flagged 7.5 % of the verbatim images and no template (`detection_fourth.json` of "
+            "revision 3a35ec5): with linear betas the early looks were at noise levels of 108 to 74 times the image, "
+            "where a noise prediction's image is mostly its own error. By the `tune` rows of all four, looks now begin "
+            "at a level of 25, and added detail is held against that of finished pictures, too. "
+            f"{percent(rough['verbatim']['copies_before'])} of its verbatim images are copies, "
+            f"{percent(rough['template']['copies_before'])} of its templates have the fixed part. The guard, and the "
+            "six statistics that come next:",
+            detection_table(fourth, 6),
+            f"With a higher AUROC than the guard by then, or by its first look: {above(fourth)}. "
+            f"Flagged: {flagged(fourth)}; of the images that reproduce a verbatim source, "
+            f"{percent(rough['verbatim']['flagged_of_copies'])}.",
+            "*A fifth checkpoint* (noise prediction, a cosine schedule, a world of its own, the fourth's autoencoder; "
+            "`benchmarks/reference/fifth`, in no wheel): its `report` rows were run once, when detector and plan were "
             f"settled, and nothing was changed since. {percent(last['verbatim']['copies_before'])} of its verbatim "
             f"images are copies, {percent(last['template']['copies_before'])} of its templates have the fixed part. "
-            "The guard, and the ten statistics that come next:",
-            detection_table(fourth, 10),
-            f"With a higher AUROC than the guard by then: {', '.join(sorted(others_above(fourth)))}. "
-            f"Flagged: {flagged(fourth)}; of the images that reproduce a verbatim source, "
-            f"{percent(last['verbatim']['flagged_of_copies'])}. The default fails there: with linear betas the early "
-            "looks are at noise levels of 108 to 74 times the image, where a noise prediction seems to say next to "
-            "nothing of the image. Calibration mends little of that; looking later would (`added_detail` at step 10).",
+            "The guard, and the six statistics that come next:",
+            detection_table(fifth, 6),
+            f"With a higher AUROC than the guard by then: {above(fifth)}. Flagged: {flagged(fifth)}; of the images "
+            f"that reproduce a verbatim source, {percent(last['verbatim']['flagged_of_copies'])}.",
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
             "checkpoint.",
             sweep_table(load("sweep"), load("sweep_unseen")),
@@ -278,7 +289,9 @@ def figures() -> str:
             mitigation_table(other),
             f"On the third ({weaker['stream_of_5_percent']:.3f} times):",
             mitigation_table(weaker),
-            f"And on the fourth ({last['stream_of_5_percent']:.3f} times), which nothing was chosen by:",
+            f"On the fourth ({rough['stream_of_5_percent']:.3f} times):",
+            mitigation_table(rough),
+            f"And on the fifth ({last['stream_of_5_percent']:.3f} times), which nothing was chosen by:",
             mitigation_table(last),
             "*Every mitigation* by itself: its first change, to all verbatim prompts, whatever the guard thinks of "
             "it. Reproduced and on caption are shares of images; diversity is the distance between two seeds, distance "

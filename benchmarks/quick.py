@@ -29,7 +29,7 @@ from benchmarks.results import write_result
 from sd_guard.detection import PrematureDetail
 from sd_guard.evaluation.metrics import auroc, tpr_at
 from sd_guard.guard import Guard, GuardRecord
-from sd_guard.noise import interpret, read_level
+from sd_guard.noise import first_clear_step, interpret, read_level
 from sd_guard.observation import Observation, observe
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
@@ -42,7 +42,8 @@ from sd_guard.statistics.base import StepCall
 
 MODEL = ModelSettings(model=str(checkpoint_path()))
 OTHERS = {
-    f"{name}_checkpoint_report": Path(__file__).parent / "reference" / name for name in ("second", "third", "fourth")
+    f"{name}_checkpoint_report": Path(__file__).parent / "reference" / name
+    for name in ("second", "third", "fourth", "fifth")
 }
 BATCH = 62  # a quarter of the rows of either split
 SEEDS = range(8, 13)  # of the candidates
@@ -195,7 +196,9 @@ def full_line(pipe: Any, rows: list[PromptTruth]) -> dict[str, Any]:
     guard = Guard()
     way = {"way": "guard's first decision, full schedule", "observe_at": guard.observe_at, "probes": guard.probes}
     measured = sample(pipe, rows, guard, num_inference_steps=MODEL.steps)
-    return with_sampling(way, measured, lanes=2 * (guard.steps(MODEL.steps)[-1] + 1))
+    timesteps = pipe.scheduler.timesteps.tolist()
+    decided = guard.steps(len(timesteps), first_clear_step(pipe.scheduler, timesteps))[-1]
+    return with_sampling(way, measured, lanes=2 * (decided + 1))
 
 
 def with_sampling(way: dict[str, Any], measured: Measured, *, lanes: int) -> dict[str, Any]:

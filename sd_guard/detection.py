@@ -53,8 +53,8 @@ class PrematureDetail:
     `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
     nor the probes, so that scores stay exchangeable when a calibration moves the threshold. Later looks at the same
     trajectory add `persistence_weight` times each positive `excess_persistence`: faint and almost plain memories add
-    little detail, but they are settled, and stay so. The numbers were chosen on `tune` rows of the
-    bundled reference checkpoint, what counts as any detail (`sharpness`) on those of two more.
+    little detail, but they are settled, and stay so. The numbers were chosen on `tune` rows of the bundled reference
+    checkpoint and three more.
 
     Attributes:
         threshold: scores above it are flagged.

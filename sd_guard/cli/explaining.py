@@ -52,7 +52,7 @@ def explain(
     Samples up to the guard's last look.
     """
     with one_line(BAD_ARGUMENTS):
-        _check(prompt, out, guidance_scale)
+        _check(prompt, out)
         check_seed(seed)
         settings = ModelSettings(
             model=model or bundled_model(), steps=steps, guidance_scale=guidance_scale, device=device, dtype=dtype
@@ -73,7 +73,7 @@ def explain(
     typer.echo(f"figure: {out}")
 
 
-def _check(prompt: str, out: Path, guidance_scale: float) -> None:
+def _check(prompt: str, out: Path) -> None:
     if not prompt.strip():
         raise ValueError("the prompt is empty; write what the image should show")
     try:
@@ -86,8 +86,6 @@ def _check(prompt: str, out: Path, guidance_scale: float) -> None:
         raise ValueError(f"{out}: exists already; name another file with --out")
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent}: no such folder; make it first")
-    if guidance_scale <= 1:
-        raise ValueError(f"--guidance-scale is {guidance_scale}; use a number above 1, without it no lane is compared")
     missing = [name for name in ("captum", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)} not installed; pip install 'sd-guard[explain]'")

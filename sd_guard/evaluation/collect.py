@@ -136,7 +136,8 @@ def collect(
         seed_statistics: Measured on every prompt, over its seeds.
         seeds: Images a prompt.
         steps: Sampling steps.
-        guidance_scale: Above 1.
+        guidance_scale: At most 1 means none. What a statistic then costs does not hold the lane without a prompt, which
+            the sampler has no use for; what the guard costs does.
         observe_at: Shares of the schedule in [0, 1]; 1 is the last step.
         batch_size: Images a batch at most.
         guard: Measured as one more statistic, `guard`: the score that it decides by.

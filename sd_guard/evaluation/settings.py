@@ -37,7 +37,7 @@ class EvaluationSettings:
     Attributes:
         prompts: `.csv` or `.jsonl` with the columns `prompt` and `family` (a key of `FAMILIES`); `seed` is optional.
         out: The folder to write.
-        model: The model and its sampling; guidance above 1, and images of the model's own size.
+        model: The model and its sampling; images of the model's own size.
         statistics: Names; None for all that `seeds` allows, but the dearest.
         seeds: Images a prompt, >= 1; the table has one image of them, and all of them together.
         observe_at: Shares of the schedule in [0, 1], 1 being the last step, for statistics with no step of their own.
@@ -60,8 +60,6 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         """Checks every value that can be checked without torch."""
         _ = self.run
-        if self.model.guidance_scale <= 1:
-            raise ValueError(f"--guidance-scale is {self.model.guidance_scale}; statistics need it above 1")
         if self.model.height is not None or self.model.width is not None:
             raise ValueError("an evaluation samples at the model's own size; leave --height and --width out")
         if not self.observe_at or not all(0 <= share <= 1 for share in self.observe_at):

@@ -59,7 +59,7 @@ def look(
         pipe: a `GuardedStableDiffusionPipeline` with its guard on.
         prompt: to explain.
         steps: of sampling.
-        guidance_scale: above 1.
+        guidance_scale: at most 1 means none.
         seed: of the image's generator.
         method: how words get their shares.
 

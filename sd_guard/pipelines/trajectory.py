@@ -34,20 +34,19 @@ def walk(
         prompts: B prompts.
         seeds: B seeds.
         steps: sampling steps.
-        guidance_scale: above 1, so that the sampler has a lane without a prompt.
+        guidance_scale: at most 1 means none, as in the host; the lane without a prompt is then evaluated for whoever
+            compares, and each call says that it was `spent`.
 
     Raises:
-        ValueError, TypeError: a scheduler that cannot be read, guidance off, a UNet that was distilled to do without,
-            or as many seeds as prompts not given.
+        ValueError, TypeError: a scheduler that cannot be read, a UNet that was distilled to do without guidance, or as
+            many seeds as prompts not given.
     """
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; give one each, at least one")
-    if guidance_scale <= 1:
-        raise ValueError(f"guidance_scale={guidance_scale} leaves no lane without a prompt; give a number above 1")
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError("the UNet takes guidance as an embedding (LCM): it has no lane without a prompt; use another")
     check_scheduler(pipe.scheduler)
-    device, scheduler = pipe._execution_device, copy.deepcopy(pipe.scheduler)
+    device, scheduler, guided = pipe._execution_device, copy.deepcopy(pipe.scheduler), guidance_scale > 1
     prompt_embeds, negative_embeds = pipe.encode_prompt(list(prompts), device, 1, True)
     lanes = Conditioning(torch.cat([negative_embeds, prompt_embeds]))
     retrieve_timesteps(scheduler, steps, device)
@@ -58,9 +57,10 @@ def walk(
         x = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
         level = read_level(scheduler, timestep)
         negative, conditional = evaluate_lanes(pipe.unet, x, timestep, lanes).chunk(2)
-        noise = guide(conditional, negative, guidance_scale, 0.0)
+        noise = guide(conditional, negative, guidance_scale, 0.0) if guided else conditional
         before, latents = latents, scheduler.step(noise, timestep, latents, **arguments, return_dict=False)[0]
-        yield StepCall(step, timestep, level, x[: len(prompts)], conditional, negative, lanes, before, latents)
+        own = x[: len(prompts)], conditional, negative, lanes, before, latents
+        yield StepCall(step, timestep, level, *own, spent=0 if guided else 1)
 
 
 def denoiser_of(pipe: Any, seeds: Sequence[int]) -> Denoiser:

@@ -145,10 +145,6 @@ class RunSettings:
         model = self.model
         if self.depth == "quick":
             raise ValueError("--explain: --depth quick samples nothing to explain; use --depth full or auto")
-        if model.guidance_scale <= 1:
-            raise ValueError(
-                f"--explain: compares with no prompt, and --guidance-scale is {model.guidance_scale}; use > 1"
-            )
         if model.height is not None or model.width is not None:
             raise ValueError("--explain: works at the model's own size; leave --height and --width out")
         if find_spec("captum") is None:

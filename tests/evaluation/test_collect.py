@@ -117,19 +117,22 @@ def test_refuses_what_it_cannot_measure(pipe, norm, alike, changes, named):
         collect(pipe, ROWS, **arguments)
 
 
-def test_the_guard_scores_as_in_a_guarded_call_and_counts_its_lanes(pipe):
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+def test_the_guard_scores_as_in_a_guarded_call_and_counts_its_lanes(pipe, guidance_scale):
     """Its row is the record of a guarded call of the same seeds, with the lanes that the UNet was given."""
     guard = watching(doubt=EVERYBODY, probes=2)
     with CountLanes(pipe.unet) as counted:
-        found = collect(pipe, ROWS, [], guard=guard, **SETTINGS).values.to_pylist()
-    decided = guard.steps(5)[-1]
+        found = collect(pipe, ROWS, [], guard=guard, **SETTINGS | {"guidance_scale": guidance_scale}).values.to_pylist()
+    decided, controls = guard.steps(5)[-1], 0 if guidance_scale > 1 else len(guard.steps(5))
     assert [(row["statistic"], row["step"]) for row in found] == [("guard", decided)] * len(ROWS)
-    assert [row["lanes"] for row in found] == [4.0] * len(ROWS)
+    assert [row["lanes"] for row in found] == [4.0 + controls] * len(ROWS)
     assert counted.rows == len(ROWS) * (2 * (decided + 1) + 4)
     guarded = GuardedStableDiffusionPipeline.from_pipe(pipe)
     guarded.enable_guard(guard)
     guarded.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(row["seed"]) for row in found]
-    output = guarded([row.prompt for row in ROWS], generator=generators, num_inference_steps=5, guidance_scale=4.0)
+    output = guarded(
+        [row.prompt for row in ROWS], generator=generators, num_inference_steps=5, guidance_scale=guidance_scale
+    )
     for row, record in zip(found, output.records, strict=True):
         assert row["value"] == pytest.approx(record.score, rel=1e-4, abs=1e-5)

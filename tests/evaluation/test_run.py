@@ -169,7 +169,6 @@ def test_one_seed_leaves_out_what_compares_seeds_and_names_choose(settings):
         (dict(seeds=0), "--seeds"),
         (dict(batch_size=0), "--batch-size"),
         (dict(observe_at=(1.5,)), "observe_at"),
-        (dict(model=ModelSettings(model="a/b", guidance_scale=1.0)), "--guidance-scale"),
         (dict(model=ModelSettings(model="a/b", height=64)), "--height"),
     ],
 )

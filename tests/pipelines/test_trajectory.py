@@ -29,6 +29,19 @@ def test_reaches_the_latents_of_the_host(parts, scheduler):
         assert call.next_latents is following.latents
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_without_guidance_the_lane_without_a_prompt_is_for_comparison_only(parts, scheduler):
+    pipe = build(StableDiffusionPipeline, parts, scheduler)
+    guided, free = (next(walk(pipe, ["a cat"], [3], steps=5, guidance_scale=scale)) for scale in (7.5, 1.0))
+    assert (guided.spent, free.spent) == (0, 1)
+    for name in ("conditional", "control"):  # of one first latent
+        assert torch.equal(getattr(free, name), getattr(guided, name))
+    calls = list(walk(pipe, ["a cat"], [3], steps=5, guidance_scale=0.0))
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe("a cat", generator=generator, num_inference_steps=5, guidance_scale=1.0, output_type="latent")
+    torch.testing.assert_close(calls[-1].next_latents, expected.images, rtol=1e-4, atol=1e-4)
+
+
 def test_the_noise_function_gives_what_the_sampler_saw(parts):
     pipe = build(StableDiffusionPipeline, parts)
     call = next(walk(pipe, ["a cat", "a red dog"], [3, 4], steps=5))
@@ -44,7 +57,7 @@ def test_the_noise_function_gives_what_the_sampler_saw(parts):
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(dict(seeds=[1]), "seeds"), (dict(guidance_scale=1.0), "guidance_scale"), (dict(prompts=[], seeds=[]), "seeds")],
+    [(dict(seeds=[1]), "seeds"), (dict(prompts=[], seeds=[]), "seeds")],
 )
 def test_refuses_what_it_cannot_walk(parts, arguments, named):
     with pytest.raises(ValueError, match=named):

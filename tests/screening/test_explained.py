@@ -75,7 +75,6 @@ def test_the_map_is_red_where_nothing_is_left_open() -> None:
     ("options", "message"),
     [
         ({"depth": "quick"}, "--explain: --depth quick samples nothing"),
-        ({"model": ModelSettings(model=MODEL.model, guidance_scale=1.0)}, "--guidance-scale is 1.0"),
         ({"model": ModelSettings(model=MODEL.model, height=64)}, "leave --height and --width out"),
     ],
 )
