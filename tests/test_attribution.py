@@ -33,7 +33,7 @@ from sd_guard.observation import observe
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.statistics.base import Denoiser, StepCall
-from sd_guard.statistics.sharpness import CONTROL_FLOOR, detail
+from sd_guard.statistics.sharpness import FAINTEST_CONTROL, FINISHED, detail
 
 needs_captum = pytest.mark.skipif(find_spec("captum") is None, reason="needs captum: pip install 'sd-guard[explain]'")
 BY_CAPTUM = pytest.param(ablation, marks=needs_captum), pytest.param(integrated_gradients, marks=needs_captum)
@@ -105,7 +105,7 @@ def test_the_statistic_is_the_guards_own():
 def test_the_linear_model_is_what_the_closed_forms_below_say():
     text = linear_text()
     call, model = linear_case(text)
-    expected = math.log(2.0 * float(detail(PICTURE)) / CONTROL_FLOOR)
+    expected = math.log(2.0 * float(detail(PICTURE)) / math.sqrt(FAINTEST_CONTROL * FINISHED))
     assert statistic_of(call, model)(text.tokens).item() == pytest.approx(expected, rel=1e-5)
 
 
