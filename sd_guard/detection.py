@@ -52,9 +52,10 @@ class PrematureDetail:
     of the prediction without it and of finished pictures (`added_detail`). Where it is in doubt, probes add
     `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
     nor the probes, so that scores stay exchangeable when a calibration moves the threshold. Later looks at the same
-    trajectory add `persistence_weight` times each positive `excess_persistence`: faint and almost plain memories add
-    little detail, but they are settled, and stay so. The numbers were chosen on `tune` rows of the bundled reference
-    checkpoint and three more.
+    trajectory add `persistence_weight` times each positive `excess_persistence`, all together `persistence_limit` at
+    most: faint and almost plain memories add little detail, but they are settled, and stay so. How settled ordinary
+    pictures are differs between models, so that nothing is flagged for that alone. The numbers were chosen on `tune`
+    rows of the bundled reference checkpoint and four more.
 
     Attributes:
         threshold: scores above it are flagged.
@@ -62,6 +63,7 @@ class PrematureDetail:
         lid_weight: weight of the LID deficit, a share of the latent dimension.
         ordinary_deficit: the share that speaks for neither side.
         persistence_weight: weight of the excess persistence, where it is positive; at least 0.
+        persistence_limit: what all later looks together may add; at least 0.
 
     Raises:
         ValueError: a threshold that is NaN, or a weight by which a later look could lower a score.
@@ -72,6 +74,7 @@ class PrematureDetail:
     lid_weight: float = 5.0
     ordinary_deficit: float = 0.005
     persistence_weight: float = 4.0
+    persistence_limit: float = 0.3
 
     def __post_init__(self) -> None:
         """Refuses a threshold that every score would pass."""
@@ -79,6 +82,8 @@ class PrematureDetail:
             raise ValueError(f"threshold={self.threshold} is no number, and no score exceeds it: give one")
         if not self.persistence_weight >= 0:
             raise ValueError(f"persistence_weight={self.persistence_weight} is negative; 0 takes no later look")
+        if not self.persistence_limit >= 0:
+            raise ValueError(f"persistence_limit={self.persistence_limit} is negative; 0 takes no later look")
 
     def score(self, observations: Sequence[Observation], later: Sequence[Observation] = ()) -> Tensor:
         """(B,) scores."""
@@ -89,7 +94,7 @@ class PrematureDetail:
             score = score.index_add(0, rows, self.lid_weight * (closed - self.ordinary_deficit)[rows])
         if later:
             settled = torch.stack([look.values["excess_persistence"] for look in later]).clamp(min=0.0)
-            score = score + self.persistence_weight * settled.sum(0)
+            score = score + (self.persistence_weight * settled.sum(0)).clamp(max=self.persistence_limit)
         return score
 
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:

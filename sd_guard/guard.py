@@ -69,7 +69,8 @@ class Guard:
 
     Attributes:
         observe_at: shares of the schedule in [0, 1) whose steps give the free statistics; the last one decides. The
-            schedule counts from the first step whose prediction shows anything (`sd_guard.noise.first_clear_step`).
+            first does not lie before the first step that shows anything (`sd_guard.noise.first_clear_step`): where it
+            would, all shares are of a schedule that begins so much later.
         look_again_at: shares of the schedule, in [0, 1), whose steps look again at what was not flagged, and at what
             was rescued, as far as they are later than the deciding one; none decide once and for all.
         probes: Rademacher vectors that an image in doubt gets at the deciding step, two lanes each.
@@ -108,19 +109,26 @@ class Guard:
         """The same guard with other policy settings."""
         return replace(self, policy=replace(self.policy, **changes))
 
-    def steps(self, count: int, start: int = 0) -> list[int]:
-        """Steps to observe, ascending, of a schedule of `count` timesteps; shares are of those from `start` on."""
-        return sorted({start + step_at(share, count - start) for share in self.observe_at})
+    def steps(self, count: int, clear: int = 0) -> list[int]:
+        """Steps to observe, ascending, of a schedule of `count` timesteps.
 
-    def later_steps(self, count: int, start: int = 0) -> list[int]:
+        None is before `clear`, the first that shows anything: where the first share lies earlier, all shares are of a
+        schedule that begins so much later.
+        """
+        return sorted({max(clear, step) for step in self._places(self.observe_at, count, clear)})
+
+    def later_steps(self, count: int, clear: int = 0) -> list[int]:
         """Steps that look again, ascending, all after the deciding one."""
-        deciding = self.steps(count, start)[-1]
-        steps = {start + step_at(share, count - start) for share in self.look_again_at}
-        return sorted(step for step in steps if step > deciding)
+        deciding = self.steps(count, clear)[-1]
+        return sorted(step for step in self._places(self.look_again_at, count, clear) if step > deciding)
 
-    def last_step(self, count: int, start: int = 0) -> int:
+    def last_step(self, count: int, clear: int = 0) -> int:
         """The last step that anything is looked at."""
-        return [*self.steps(count, start), *self.later_steps(count, start)][-1]
+        return [*self.steps(count, clear), *self.later_steps(count, clear)][-1]
+
+    def _places(self, shares: Sequence[float], count: int, clear: int) -> set[int]:
+        begin = max(0, clear - step_at(min(self.observe_at), count))
+        return {begin + step_at(share, count - begin) for share in shares}
 
 
 def _are_shares(values: Any) -> bool:

@@ -44,7 +44,7 @@ SUPPORTED_SCHEDULERS: Final = _BY_TIMESTEP | _CONSISTENCY | _BY_SIGMA
 
 # By which a noise prediction's error is multiplied at most where its clean latent still shows anything. Stable
 # Diffusion's own schedule begins at 14.6. Chosen on `tune` rows of a reference checkpoint that begins at 131.
-CLEAR_SIGMA: Final = 25.0
+CLEAR_SIGMA: Final = 20.0
 
 _warned: set[str] = set()
 

@@ -70,7 +70,7 @@ def test_the_score_is_the_mean_ratio_and_the_weighted_deficit_of_those_probed() 
 
 def test_later_looks_raise_scores_and_lower_none() -> None:
     """By what each of them shows; one that is not a number leaves nothing that could be trusted."""
-    detector = PrematureDetail(persistence_weight=8.0)
+    detector = PrematureDetail(persistence_weight=8.0, persistence_limit=9.0)
     observations = free([0.2, 0.4, -0.6, 0.1])
     looks = [
         Observation(step, 256, {"excess_persistence": torch.tensor(values)}, (0, 0, 0, 0))
@@ -80,6 +80,11 @@ def test_later_looks_raise_scores_and_lower_none() -> None:
     torch.testing.assert_close(detector.score(observations, looks[:1])[:3], one, rtol=0, atol=1e-5)
     torch.testing.assert_close(detector.score(observations, looks)[:3], two, rtol=0, atol=1e-5)
     assert detector.score(observations, looks)[3].isnan()
+    limited = PrematureDetail(persistence_weight=8.0, persistence_limit=1.0).score(observations, looks)
+    torch.testing.assert_close(limited[:3], torch.tensor([0.2 + 1.0, 0.4, -0.6 + 8 * 0.02]), rtol=0, atol=1e-5)
+    assert limited[3].isnan()
+    with pytest.raises(ValueError, match="persistence_limit=nan is negative"):
+        PrematureDetail(persistence_limit=math.nan)
     with pytest.raises(ValueError, match="persistence_weight=-1 is negative"):
         PrematureDetail(persistence_weight=-1)
 

@@ -246,7 +246,8 @@ def test_the_first_clear_step_is_where_the_noise_has_come_down(name: str) -> Non
     timesteps = scheduler.timesteps.tolist()
     step = first_clear_step(scheduler, timesteps)
     before, there = (read_level(scheduler, scheduler.timesteps[i]).sigma for i in (step - 1, step))
-    assert there <= CLEAR_SIGMA < before / 0.95  # middle stages of KDPM2 are read exactly in the loop only
+    # Timesteps between two of the training's, and middle stages of KDPM2, are read exactly in the loop only.
+    assert there / 1.05 <= CLEAR_SIGMA < before * 1.05
     assert getattr(scheduler, "step_index", None) is None
     assert first_clear_step(plain, plain.timesteps.tolist()) == 0  # Stable Diffusion's betas begin below it
 

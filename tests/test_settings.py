@@ -117,6 +117,22 @@ def test_shares_may_be_any_real_numbers_in_a_list() -> None:
     assert Guard(observe_at=[np.float32(0.25)], look_again_at=[]).steps(100) == [25]  # type: ignore[arg-type]
 
 
+@given(shares, shares, st.integers(1, 200), st.data())
+def test_no_step_is_before_the_first_clear_one(
+    observed: list[float], later: list[float], count: int, data: st.DataObject
+) -> None:
+    """All are on the schedule; with all of it clear they are as ever."""
+    clear = data.draw(st.integers(0, count - 1))
+    guard = Guard(observe_at=tuple(observed), look_again_at=tuple(later))
+    steps, again = guard.steps(count, clear), guard.later_steps(count, clear)
+    assert clear <= steps[0] and guard.last_step(count, clear) < count
+    assert [*steps, *again] == sorted({*steps, *again})
+    if clear <= guard.steps(count)[0]:
+        assert (steps, again) == (guard.steps(count), guard.later_steps(count))
+    else:
+        assert steps[0] - clear <= 1  # no later than it has to be
+
+
 @given(shares, st.integers(1, 1000))
 def test_steps_are_on_the_schedule(observed: list[float], count: int) -> None:
     """Ascending, none twice, each as near its share as a step can be, and none more than there are shares."""

@@ -207,7 +207,7 @@ def _plan(
     scheduler = deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     count = len(scheduler.timesteps)  # second-order schedulers have more of them than steps
-    start = first_clear_step(scheduler, scheduler.timesteps.tolist())
+    clear = first_clear_step(scheduler, scheduler.timesteps.tolist())
 
     def by_step(asked: Sequence[T]) -> dict[int, list[T]]:
         found: defaultdict[int, list[T]] = defaultdict(list)
@@ -224,8 +224,8 @@ def _plan(
         single=by_step(statistics),
         seeded=by_step(seed_statistics),
         guard=guard,
-        watched=guard.steps(count, start) if guard is not None else [],
-        later_steps=guard.later_steps(count, start) if guard is not None else [],
+        watched=guard.steps(count, clear) if guard is not None else [],
+        later_steps=guard.later_steps(count, clear) if guard is not None else [],
     )
 
 

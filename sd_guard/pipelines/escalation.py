@@ -197,7 +197,7 @@ class Escalation:
     def _propose(self, row: int) -> list[Iterator[Change]]:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row
         one = torch.tensor([lane], device=self.control.device)
-        origin = Origin(self.pipe, self.snapshots, self.watch.start, self.walk.lanes.select(one), row, case)
+        origin = Origin(self.pipe, self.snapshots, self.watch.clear, self.walk.lanes.select(one), row, case)
         encoder, prompt = self.pipe.text_encoder, self.inputs.prompts[row] if self.inputs.prompts is not None else None
         subject = Subject(
             prompt=prompt,

@@ -68,10 +68,10 @@ def look(
     """
     scheduler = deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
-    count, start = len(scheduler.timesteps), first_clear_step(scheduler, scheduler.timesteps.tolist())
+    count, clear = len(scheduler.timesteps), first_clear_step(scheduler, scheduler.timesteps.tolist())
     guard = pipe.guard
     model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64])  # the probes that the guard would draw
-    watching = Watching(guard, model, guard.steps(count, start), guard.later_steps(count, start))
+    watching = Watching(guard, model, guard.steps(count, clear), guard.later_steps(count, clear))
     text = read_text(pipe, prompt)
     # At the last of them the noise is less than the step of a difference quotient.
     places = (*watching.later_steps, watching.steps[-1])[len(watching.later_steps) // 2]
@@ -83,7 +83,7 @@ def look(
         if (decided := watching.watch(call)) is not None and verdict != "flag":
             score, step = decided[0][0], call.step
             verdict = verdict_of(score, threshold)
-        if call.step == guard.last_step(count, start):
+        if call.step == guard.last_step(count, clear):
             break
     last = calls[-1]
     assert verdict is not None

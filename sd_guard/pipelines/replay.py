@@ -69,14 +69,14 @@ class Watch:
     """Where a trajectory is looked at.
 
     Attributes:
-        start: the first step whose prediction shows anything.
+        clear: the first step whose prediction shows anything.
         steps: observed; the last decides.
         later_steps: that look again.
         probes: that an image in doubt may get at the deciding step.
         seeds: of them, one an image.
     """
 
-    start: int
+    clear: int
     steps: Sequence[int]
     later_steps: Sequence[int]
     probes: int

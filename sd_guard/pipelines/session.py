@@ -64,9 +64,9 @@ class Session:
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
         self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
-        guard, count, start = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
+        guard, count, clear = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
-        self.watch = Watch(start, guard.steps(count, start), guard.later_steps(count, start), guard.probes, seeds)
+        self.watch = Watch(clear, guard.steps(count, clear), guard.later_steps(count, clear), guard.probes, seeds)
         self._keep(pipe, 0, latents)
         self._read_level(pipe, 0)
 
@@ -74,7 +74,7 @@ class Session:
         """Takes a snapshot where a step is looked at, of the latents as the caller's callback left them."""
         if self.watch is None or not self.snapshots or self.cases:
             return
-        if step in (self.watch.start, *self.watch.steps):
+        if step in (self.watch.clear, *self.watch.steps):
             self._keep(pipe, step, latents)
 
     def _keep(self, pipe: Any, step: int, latents: Tensor) -> None:
@@ -95,7 +95,7 @@ class Session:
                     self.observations.append(observe(call, prediction_type(pipe)))
                     if step == self.watch.steps[-1]:
                         tensors = self._decide(pipe, call, tensors)
-                if step == self.guard.last_step(count, self.watch.start):
+                if step == self.guard.last_step(count, self.watch.clear):
                     self.snapshots, self.walk, self.escalation = {}, None, None  # the snapshots have served
         if step + 1 == count:
             tensors = self._deliver(tensors)

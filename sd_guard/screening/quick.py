@@ -161,10 +161,10 @@ class QuickScreener:
             guard = calibration.apply(guard)
         scheduler = copy_scheduler(pipe.scheduler)
         scheduler.set_timesteps(model.steps, device=pipe._execution_device)
-        timesteps, start = scheduler.timesteps, first_clear_step(scheduler, scheduler.timesteps.tolist())
+        timesteps, clear = scheduler.timesteps, first_clear_step(scheduler, scheduler.timesteps.tolist())
         first, *observed = (
             Place(step, timesteps[step], read_level(scheduler, timesteps[step]))
-            for step in (0, *guard.steps(len(timesteps), start))
+            for step in (0, *guard.steps(len(timesteps), clear))
         )
         with torch.no_grad():
             empty = pipe.encode_prompt([""], pipe._execution_device, 1, False)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +22,24 @@ from sd_guard.screening.prompts import PromptRow
 from sd_guard.screening.quick import QuickScreener
 from sd_guard.screening.settings import ModelSettings
 
-STEPS, START = 10, 2
+STEPS, CLEAR = 10, 2
 PROMPTS = ["a dog on the moon", "blue"]
-LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "steps_offset": 1}
+LINEAR = {
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 
 
 @pytest.fixture(params=[DDIMScheduler, EulerDiscreteScheduler])
 def linear(request: Any, parts: dict[str, Any]) -> Any:
     return build(GuardedStableDiffusionPipeline, parts, request.param(**LINEAR))
+
+
+def looking(threshold: float = math.inf, **options: Any) -> Any:
+    return watching(threshold, observe_at=(0.1, 0.4), **options)
 
 
 def call(pipe: Any) -> Any:
@@ -47,19 +58,19 @@ class Asks:
 
 
 def test_shares_are_of_the_steps_that_show_something(linear: Any) -> None:
-    linear.enable_guard(watching(look_again_at=(0.9,)))
+    linear.enable_guard(looking(look_again_at=(0.9,)))
     records = call(linear).records
-    assert first_clear_step(linear.scheduler, linear.scheduler.timesteps.tolist()) == START
+    assert first_clear_step(linear.scheduler, linear.scheduler.timesteps.tolist()) == CLEAR
     for record in records:
-        assert {value.step for value in record.statistics} == {4, 6, 9}
+        assert {value.step for value in record.statistics} == {2, 5, 9}
         assert record.verdict == "pass"
     linear.scheduler.register_to_config(prediction_type="v_prediction")
-    assert {value.step for value in call(linear).records[0].statistics} == {2, 5, 9}
+    assert {value.step for value in call(linear).records[0].statistics} == {1, 4, 9}
 
 
 def test_all_ways_of_looking_agree(linear: Any) -> None:
     """In a call, in a calibration and in an evaluation; quick depth is at the same step."""
-    guard = watching(look_again_at=(0.7,), probes=0)
+    guard = looking(look_again_at=(0.7,), probes=0)
     linear.enable_guard(guard)
     called = call(linear).records
     settings = {"num_inference_steps": STEPS, "guidance_scale": 7.5}
@@ -67,9 +78,9 @@ def test_all_ways_of_looking_agree(linear: Any) -> None:
     assert [record.score for record in scored] == pytest.approx([record.score for record in called], rel=1e-4)
     rows = [PromptRow(prompt, "novel") for prompt in PROMPTS]
     table = collect(linear, rows, [], steps=STEPS, guard=guard, progress=False).values.to_pylist()
-    assert {row["step"] for row in table} == {6, 8}
+    assert {row["step"] for row in table} == {5, 7}
     quick = QuickScreener.make(linear, ModelSettings(model="tiny/random", steps=STEPS), guard=guard)
-    assert [place.step for place in quick.observed] == [4, 6]
+    assert [place.step for place in quick.observed] == [2, 5]
     assert all(record.verdict == "pass" for record in quick.measure(PROMPTS, [1, 2]))
 
 
@@ -77,20 +88,20 @@ def test_a_flagged_image_is_resumed_from_its_first_step(linear: Any) -> None:
     """And arrives where it was, with nothing changed; without its prompt it passes."""
     linear.disable_guard()
     plain = call(linear).images
-    linear.enable_guard(watching(-1e9, plan=(Identity(),)).with_policy(on_failure="keep"))
+    linear.enable_guard(looking(-1e9, plan=(Identity(),)).with_policy(on_failure="keep"))
     kept = call(linear)
     torch.testing.assert_close(kept.images, plain, rtol=1e-4, atol=1e-4)
     assert [attempt.resumed_from_step for attempt in kept.records[0].attempts] == [0]
-    linear.enable_guard(watching(-1e9, plan=(Forget(),)))
+    linear.enable_guard(looking(-1e9, plan=(Forget(),)))
     assert call(linear).records[0].attempts[0].mitigation == "forget"
 
 
 def test_a_search_asks_where_the_prediction_shows_something(linear: Any) -> None:
     asks = Asks()
-    linear.enable_guard(watching(-1e9, plan=(asks,)).with_policy(on_failure="keep"))
+    linear.enable_guard(looking(-1e9, plan=(asks,)).with_policy(on_failure="keep"))
     call(linear)
     for step in walk(linear, PROMPTS, [1, 2], steps=STEPS):
-        if step.step == START:
+        if step.step == CLEAR:
             expected = interpret(step.conditional, step.x, step.level, "epsilon").x0_hat
             torch.testing.assert_close(torch.stack(asks.answers), expected, rtol=1e-3, atol=1e-3)
             return
