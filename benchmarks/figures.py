@@ -273,7 +273,7 @@ def figures() -> str:
             "flagged every memorized image, and 20.2 % of the novel and 46.9 % of the plain ones "
             "(`detection_fifth.json` of revision 078a051): its ordinary pictures settle earlier than those that "
             "*persistence* was fitted on, and later looks flagged them for that alone. By the `tune` rows of all five, "
-            "what later looks add was limited, and its looks begin one step earlier. So there is no checkpoint here that "
+            "what later looks add was limited, and its looks begin one step earlier. No checkpoint here is one that "
             "nothing was chosen by. "
             f"{percent(last['verbatim']['copies_before'])} of its verbatim images are copies, "
             f"{percent(last['template']['copies_before'])} of its templates have the fixed part. "
