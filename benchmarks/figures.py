@@ -253,8 +253,7 @@ def figures() -> str:
             f"{percent(weak['verbatim_reproduced'])} are reproduced, of its templates "
             f"{percent(weak['template_reproduced'])}. The guard, and the six statistics that come next:",
             detection_table(third, 6),
-            f"With a higher AUROC than the guard by then: {above(third)}. Flagged: {flagged(third)}; of the images "
-            f"that reproduce a verbatim source, {percent(weaker['verbatim']['flagged_of_copies'])}.",
+            f"With a higher AUROC than the guard by then: {above(third)}. Flagged: {flagged(third)}.",
             "*A fourth checkpoint* (noise prediction, linear betas, a world and an autoencoder of its own; "
             "`benchmarks/reference/fourth`, in no wheel). On its `report` rows an earlier detector, settled before it "
             "was trained, had flagged 7.5 % of the verbatim images and no template (`detection_fourth.json` of "
