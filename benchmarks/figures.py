@@ -89,11 +89,6 @@ def above(result: dict[str, Any]) -> str:
     return ", ".join(found) or "none"
 
 
-def others_above(result: dict[str, Any]) -> set[str]:
-    """Names of those statistics."""
-    return {row["statistic"] for row in result["above_the_guard"]}
-
-
 def sweep_table(*results: dict[str, Any]) -> str:
     """The guard across settings, on each checkpoint: AUROC and shares flagged."""
     rows: list[tuple[Any, ...]] = []

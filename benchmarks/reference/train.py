@@ -5,7 +5,7 @@ of the UNet's rows come from the verbatim set, a tenth from the templates, a twe
 About an hour on two cores. The second make, `benchmarks/reference/second`: `--seed 2 --prediction-type v_prediction
 --beta-schedule linear --autoencoder sd_guard/reference/checkpoint/vae`. The others have autoencoders of their own:
 `third`, `--seed 3 --prediction-type v_prediction --beta-schedule linear`, and `fourth`, `--seed 4 --beta-schedule
-linear`. `fifth`, which nothing was chosen by: `--seed 5 --beta-schedule squaredcos_cap_v2 --autoencoder
+linear`. `fifth` has the fourth's: `--seed 5 --beta-schedule squaredcos_cap_v2 --autoencoder
 benchmarks/reference/fourth/vae`.
 """
 
