@@ -46,7 +46,7 @@ from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
 # Chosen on `tune` rows: the level on the bundled checkpoint, by AUROC and lanes; the rest on four, each prompt at 12
-# seeds. At the threshold 0.2 % of the bundled checkpoint's novel images are flagged, 3 % of the fourth's and the fifth's.
+# seeds. At the threshold 0.2 % of the bundled checkpoint's novel images are flagged, 3 % of the fourth's and fifth's.
 QUICK: Final = Guard(
     observe_at=(0.06,),
     look_again_at=(),
