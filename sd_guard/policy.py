@@ -21,7 +21,8 @@ class Attempt:
         strength: in the mitigation's own unit.
         resumed_from_step: the step that sampling was resumed from.
         score: of the resumed trajectory, by the statistic that flagged the image, at the last look it got.
-        resemblance: cosine in [-1, 1] of its predicted image and the one that was flagged, by their edges; likewise.
+        resemblance: in [-1, 1], of its predicted image and the one that was flagged, by their edges: 0 is no more than
+            the prediction without a prompt had of it, 1 the picture itself; likewise.
         passed: whether that was no longer suspicious.
         prompt: the rewritten prompt; None where the words were kept.
     """
@@ -46,7 +47,7 @@ class Policy:
         margin: how far a resumed trajectory's bar is moved, at least 0: so much below the threshold where its picture
             resembles the flagged one as much as is allowed, as much above it where nothing of that picture is left.
         max_resemblance: in (0, 1], up to which a mitigated image counts as another picture than the flagged one: by its
-            edges (`resemblance`) at each look, by edges and colours (`survival`) when sampling is over.
+            edges (`what_is_left`) at each look, by edges and colours (`survival`) when sampling is over.
         on_failure: an image that no attempt rescued is made `blank`, kept (`keep`: as it would have been without the
             guard, or with the change of a rescue that a later look took back), or raised as an error when the call is
             over (`raise`).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +48,7 @@ class Subject:
         token_embeddings: (V, width') input embeddings of the text encoder; None without one.
         encode_tokens: (1, tokens, width') input embeddings in the place of the prompt's own to (1, tokens, width) its
             embedding, differentiable where gradients are enabled; None without a prompt or a text encoder.
+        known: (C, H, W) what was predicted for a text, of all that a mitigation of the plan has asked by `predict`.
     """
 
     prompt: str | None
@@ -69,6 +70,7 @@ class Subject:
     tokenizer: Any
     token_embeddings: Tensor | None
     encode_tokens: Callable[[Tensor], Tensor] | None
+    known: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 class Guidance(Protocol):
@@ -98,7 +100,8 @@ class Change:
         guidance: its own guidance scale at each step; None follows the call's.
         latents: (C, H, W) to start from, as the sampler has them at step `resume_from`; None starts from its own.
         resume_from: step; the trajectory before it is the host's own, and the nearest snapshot that is not later is
-            what is resumed.
+            what is resumed. Not before the first step that shows anything (`first_clear_step`), unless it brings
+            latents: where no picture can be told from the noise, none is in the latents either.
         attention_mask: (tokens,) bool, False where the conditional lane shall not attend to a token; None masks none.
         anchor_embeds: (tokens, width) text that guidance leads away from; None leaves the call's own.
     """

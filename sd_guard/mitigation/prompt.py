@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
 
 from sd_guard.mitigation.base import Change, Subject
 from sd_guard.mitigation.rewriters import Lexicon
-from sd_guard.statistics.sharpness import added_detail, resemblance
+from sd_guard.statistics.sharpness import added_detail, what_is_left
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search
 _DRAWS = 1000  # tokens that are drawn at most for one that is a word
@@ -23,12 +22,12 @@ RandomKind: TypeAlias = Literal["add", "replace", "number", "repeat"]
 class WordAblation:
     """Finds the words that carry the memory and samples without them.
 
-    One question is asked at the first clear step of the image's own trajectory, one lane a prompt: what is predicted
-    without these words? First of runs of `max_words`, each of which shares a word with the next, so that no two
-    neighbours are missed, and where none of these rids the prediction of the memory, of all such runs; then of the
-    shorter runs within the best of them. Where that is not enough either, of runs twice as long, and of the best run
-    together with each other one (`widen`). Asking runs rather than single words matters: of two names that both carry a
-    memory, neither is missed.
+    One question is asked at the first clear step of the image's own trajectory, one lane a prompt that was not asked
+    about before: what is predicted without these words? First of runs of `max_words`, each of which shares a word with
+    the next, so that no two neighbours are missed, and where none of these rids the prediction of the memory, of all
+    such runs; then of the shorter runs within the best of them. Where that is not enough either, of runs twice as long,
+    and of the best run together with each other one (`widen`). Asking runs rather than single words matters: of two
+    names that both carry a memory, neither is missed.
 
     A removal rids of the memory that leaves little of the flagged picture, and no other one in its place: without one
     of its describing words, a memory may give way to the next, as finished (`added_detail`). Only such removals are
@@ -62,20 +61,27 @@ class WordAblation:
         width = min(self.max_words, len(words) - 1)
         runs = [range(start, start + width) for start in range(len(words) - width + 1)] if width > 0 else []
         first = [*runs[: -1 : max(width - 1, 1)], *runs[-1:]]
-        if not runs or subject.lanes_left() < len(first) + 2:
+        if not runs or (subject.prompt not in subject.known and subject.lanes_left() < len(first) + 2):
             return
-        whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
-        control, flagged = subject.predict(whole).split(1)
+        if subject.prompt not in subject.known:
+            whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
+            subject.known.update(zip(("", subject.prompt), subject.predict(whole), strict=True))
+        control, flagged = subject.known[""][None], subject.known[subject.prompt][None]
         cost: dict[frozenset[int], float] = {}
         rid: list[frozenset[int]] = []
 
         def ask(removals: Iterable[Iterable[int]]) -> None:
             new = [removal for removal in map(frozenset, removals) if 0 < len(removal) < len(words)]
             new = [removal for removal in dict.fromkeys(new) if removal not in cost]
-            if not new or subject.lanes_left() < len(new):
+            texts = [_without(words, removal) for removal in new]
+            unknown = [text for text in dict.fromkeys(texts) if text not in subject.known]
+            if not new or subject.lanes_left() < len(unknown):
                 return
-            predicted = subject.predict(subject.encode([_without(words, removal) for removal in new]))
-            left = _what_is_left(predicted, flagged, control)
+            if unknown:
+                answers = subject.predict(subject.encode(unknown))
+                subject.known.update(zip(unknown, answers, strict=True))
+            predicted = torch.stack([subject.known[text] for text in texts])
+            left = what_is_left(predicted, flagged, control)
             added = added_detail(predicted, control.expand_as(predicted))
             moved = (predicted - flagged).mean((-2, -1)).norm(dim=1)
             costs = (left + self.colour_cost * moved + self.detail_cost * added).tolist()
@@ -99,12 +105,6 @@ class WordAblation:
 
 def _without(words: Sequence[str], removal: Collection[int]) -> str:
     return " ".join(word for i, word in enumerate(words) if i not in removal)
-
-
-def _what_is_left(predicted: Tensor, flagged: Tensor, control: Tensor) -> Tensor:
-    """Resemblance to the flagged picture, from 0 (no more than a prediction without a prompt has) to 1."""
-    anyway = resemblance(control, flagged).clamp(max=0.99)
-    return (resemblance(predicted, flagged.expand_as(predicted)) - anyway) / (1 - anyway)
 
 
 def split_words(prompt: str) -> list[str]:

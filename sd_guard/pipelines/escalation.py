@@ -18,7 +18,7 @@ from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
 from sd_guard.pipelines.subject import Origin, token_encoder
 from sd_guard.policy import Attempt, Case
-from sd_guard.statistics.sharpness import resemblance
+from sd_guard.statistics.sharpness import what_is_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,9 @@ class Escalation:
 
     @property
     def cost(self) -> int:
-        """Lanes an image of an attempt from the first step, probes apart."""
-        return self.walk.cost(0, len(self.walk.scales)) + self._controls(0)
+        """Lanes an image of an attempt from the first clear step, probes apart."""
+        clear = self.watch.clear
+        return self.walk.cost(clear, len(self.walk.scales)) + self._controls(clear)
 
     def _cost_of(self, change: Change) -> int:
         """The same of this attempt."""
@@ -90,8 +91,9 @@ class Escalation:
         return sum(not own or self.walk.scale(step) is None for step in self.watch.steps if step >= start)
 
     def _start(self, change: Change) -> Start:
-        """The nearest snapshot that is not later than asked."""
-        return self.snapshots[max(step for step in self.snapshots if step <= change.resume_from)]
+        """The nearest snapshot that is not later than asked; up to the first clear step, of one's own latents, none."""
+        asked = change.resume_from if change.latents is not None else max(change.resume_from, self.watch.clear)
+        return self.snapshots[max(step for step in self.snapshots if step <= asked)]
 
     def run(self) -> list[Rescue]:
         """Tries the plan on every open case until it passes or nothing is left to try or to spend."""
@@ -175,10 +177,9 @@ class Escalation:
         resumed.go_on(until)
 
     def _compare(self, rows: list[int], resumed: Resumed, scores: list[float]) -> list[tuple[float, float, float]]:
-        """What the policy accepts by: score, threshold, and resemblance to the flagged picture, of each image."""
-        alike = resemblance(
-            predicted_image([*resumed.observations, *resumed.later]), predicted_image(self.observations)[rows]
-        ).tolist()
+        """What the policy accepts by: score, threshold, and what is left of the flagged picture, of each image."""
+        now, memory = predicted_image([*resumed.observations, *resumed.later]), predicted_image(self.observations)[rows]
+        alike = what_is_left(now, memory, self.control[rows]).tolist()
         return [(score, self.guard.detector.threshold, near) for score, near in zip(scores, alike, strict=True)]
 
     def _probe(self, rows: list[int], resumed: Resumed, rest: int, doubtful: Sequence[int]) -> Observation:

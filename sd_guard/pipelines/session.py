@@ -36,7 +36,7 @@ from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_dela
 from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
 from sd_guard.statistics.base import StepCall
-from sd_guard.statistics.sharpness import resemblance, survival
+from sd_guard.statistics.sharpness import survival, what_is_left
 
 
 @dataclass(slots=True)
@@ -144,6 +144,7 @@ class Session:
 
     def _look_again(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
         """Scores all images once more: those that were not flagged, and those that were rescued."""
+        assert self.control is not None
         detector, policy = self.guard.detector, self.guard.policy
         memory = predicted_image(self.observations)
         pictures = memory.clone()
@@ -158,7 +159,8 @@ class Session:
             rescue.later.append(look.select([rescue.row]))
             seen = [seen.select([rescue.index]) for seen in rescue.resumed.observations]
             score = float(detector.score(seen, rescue.later))
-            near = float(resemblance(predicted_image(rescue.later), memory[rescue.row][None]))
+            one = [rescue.row]
+            near = float(what_is_left(predicted_image(rescue.later), memory[one], self.control[one]))
             if self.cases[rescue.row].rescued and not policy.accepts(score, detector.threshold, near):
                 self.cases[rescue.row].reopen(score, near)
         return self._resolve(pipe, call.step, tensors)

@@ -103,6 +103,24 @@ def resemblance(x0_hat: Tensor, other: Tensor) -> Tensor:
     return cosine.clamp(-1.0, 1.0)
 
 
+def what_is_left(x0_hat: Tensor, flagged: Tensor, control: Tensor) -> Tensor:
+    """Resemblance to a flagged picture, beyond what the prediction without the prompt has of it anyway.
+
+    All predictions at one latent have something in common, and most where the model is unsure: that is no memory.
+
+    Args:
+        x0_hat: (B, C, H, W) predicted clean latents.
+        flagged: (B, C, H, W) predicted clean latents of the flagged trajectories, or (1, C, H, W) of one.
+        control: likewise, what the model predicted without the prompt at the same latents.
+
+    Returns:
+        (B,) in [-1, 1]: 0 is no more than the control's, 1 the picture itself.
+    """
+    anyway = resemblance(control, flagged).clamp(max=0.99)
+    beyond = (resemblance(x0_hat, flagged.expand_as(x0_hat)) - anyway) / (1 - anyway)
+    return beyond.clamp(-1.0, 1.0)
+
+
 def survival(x0_hat: Tensor, flagged: Tensor, control: Tensor) -> Tensor:
     """How much of a flagged picture is left in another one, by edges and by colour.
 

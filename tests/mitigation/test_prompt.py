@@ -133,6 +133,21 @@ def test_neighbours_are_found_at_half_the_runs() -> None:
     assert (world.calls, 10_000 - world.left) == (4, 2 + 8 + 5)
 
 
+def test_a_question_is_asked_once() -> None:
+    """A wider search goes on from what a narrower one has found out of the same image."""
+    phrase = "e f g h i".split()
+    world = World(lambda rest: float(bool({*phrase} & {*rest})))
+    subject = world.subject("a b c d e f g h i j")
+    assert list(WordAblation(widen=False).propose(subject)) == []
+    narrow = 10_000 - world.left
+    assert next(WordAblation().propose(subject)).prompt is not None
+    both, world.left = 10_000 - world.left, 10_000
+    asked = world.prompts[:-1]  # the last is the one that was proposed
+    assert len(asked) == len({*asked}) == both - 2
+    assert next(WordAblation().propose(world.subject("a b c d e f g h i j"))).prompt is not None
+    assert narrow < 10_000 - world.left == both
+
+
 def test_what_leaves_the_picture_is_not_proposed() -> None:
     world = World(planted("b"))
     changes = list(WordAblation(max_words=1).propose(world.subject("a b c d")))

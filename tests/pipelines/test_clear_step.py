@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tiny import Forget, Identity, build, seeded, watching
 
 from sd_guard.evaluation.collect import collect
-from sd_guard.mitigation import Change, Subject
+from sd_guard.mitigation import Change, NewSeed, Subject
 from sd_guard.noise import first_clear_step, interpret
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.pipelines.trajectory import walk
@@ -84,16 +84,22 @@ def test_all_ways_of_looking_agree(linear: Any) -> None:
     assert all(record.verdict == "pass" for record in quick.measure(PROMPTS, [1, 2]))
 
 
-def test_a_flagged_image_is_resumed_from_its_first_step(linear: Any) -> None:
-    """And arrives where it was, with nothing changed; without its prompt it passes."""
+def test_a_flagged_image_is_resumed_from_its_first_clear_step(linear: Any) -> None:
+    """And arrives where it was, with nothing changed; without its prompt it passes. It pays for no step before that."""
     linear.disable_guard()
     plain = call(linear).images
     linear.enable_guard(looking(-1e9, plan=(Identity(),)).with_policy(on_failure="keep"))
     kept = call(linear)
     torch.testing.assert_close(kept.images, plain, rtol=1e-4, atol=1e-4)
-    assert [attempt.resumed_from_step for attempt in kept.records[0].attempts] == [0]
+    assert [attempt.resumed_from_step for attempt in kept.records[0].attempts] == [CLEAR]
+    assert kept.records[0].extra_lanes == 2 * (5 + 1 - CLEAR)  # to the deciding step, where nothing has changed
     linear.enable_guard(looking(-1e9, plan=(Forget(),)))
     assert call(linear).records[0].attempts[0].mitigation == "forget"
+
+
+def test_a_change_of_the_first_latents_is_resumed_from_these(linear: Any) -> None:
+    linear.enable_guard(looking(-1e9, plan=(NewSeed(),)).with_policy(on_failure="keep"))
+    assert [attempt.resumed_from_step for attempt in call(linear).records[0].attempts] == [0]
 
 
 def test_a_search_asks_where_the_prediction_shows_something(linear: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_guard.statistics.sharpness import resemblance, survival
+from sd_guard.statistics.sharpness import resemblance, survival, what_is_left
 
 
 def pictures(count: int, seed: int = 0) -> Tensor:
@@ -77,3 +77,21 @@ def test_nothing_brought_along_is_finite_and_nan_is_not_a_number() -> None:
     flat = torch.zeros(1, 4, 8, 8)
     assert survival(flat, flat, flat).isfinite().all()
     assert survival(flat * float("nan"), pictures(1), flat).isnan().all()
+
+
+def test_what_all_predictions_have_in_common_is_no_memory() -> None:
+    """Half of each picture is the latent's own: of that a prediction without the prompt has as much."""
+    common = pictures(200)
+    flagged, control, other = (common + pictures(200, seed) for seed in (1, 2, 3))
+    assert float(resemblance(other, flagged).mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(what_is_left(other, flagged, control).mean()) == pytest.approx(0.0, abs=0.05)
+    assert what_is_left(flagged, flagged, control).tolist() == pytest.approx([1.0] * 200)
+    assert what_is_left(control, flagged, control).tolist() == pytest.approx([0.0] * 200, abs=1e-5)
+
+
+def test_what_is_left_stays_within_its_range() -> None:
+    """Also where the control is as good as the picture, or one flagged picture is compared with many."""
+    flagged = pictures(1)
+    left = what_is_left(pictures(50, 1), flagged, flagged)
+    assert left.tolist() == [-1.0] * 50
+    assert what_is_left(pictures(50, 1), flagged, pictures(1, 2)).shape == (50,)
