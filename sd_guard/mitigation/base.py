@@ -101,7 +101,7 @@ class Change:
         latents: (C, H, W) to start from, as the sampler has them at step `resume_from`; None starts from its own.
         resume_from: step; the trajectory before it is the host's own, and the nearest snapshot that is not later is
             what is resumed. Not before the first step that shows anything (`first_clear_step`), unless it brings
-            latents: where no picture can be told from the noise, none is in the latents either.
+            latents or an attempt from there has left too much of the flagged picture.
         attention_mask: (tokens,) bool, False where the conditional lane shall not attend to a token; None masks none.
         anchor_embeds: (tokens, width) text that guidance leads away from; None leaves the call's own.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -91,9 +91,8 @@ class Escalation:
         return sum(not own or self.walk.scale(step) is None for step in self.watch.steps if step >= start)
 
     def _start(self, change: Change) -> Start:
-        """The nearest snapshot that is not later than asked; up to the first clear step, of one's own latents, none."""
-        asked = change.resume_from if change.latents is not None else max(change.resume_from, self.watch.clear)
-        return self.snapshots[max(step for step in self.snapshots if step <= asked)]
+        """The nearest snapshot that is not later than asked."""
+        return self.snapshots[max(step for step in self.snapshots if step <= change.resume_from)]
 
     def run(self) -> list[Rescue]:
         """Tries the plan on every open case until it passes or nothing is left to try or to spend."""
@@ -113,12 +112,26 @@ class Escalation:
         case, policy = self.cases[row], self.guard.policy
         left = self.proposals.setdefault(row, self._propose(row))
         while left and case.may_attempt(policy, self.cost):
-            change = next(left[0], None)
+            change = self._placed(next(left[0], None), case)
             if change is not None and not _was_tried(change, case) and case.may_attempt(policy, self._cost_of(change)):
                 return change
             del left[0]
         case.close()
         return None
+
+    def _placed(self, change: Change | None, case: Case) -> Change | None:
+        """The change, resumed no earlier than its image's trajectory shows anything.
+
+        Where an attempt left too much of the flagged picture, more of the trajectory has to be other: then from where
+        the change asks for, if that can be afforded.
+        """
+        if change is None or change.latents is not None:
+            return change
+        policy = self.guard.policy
+        clings = any(attempt.resemblance > policy.max_resemblance for attempt in case.attempts)
+        if clings and case.may_attempt(policy, self._cost_of(change)):
+            return change
+        return replace(change, resume_from=max(change.resume_from, self.watch.clear))
 
     def _rounds(self, changes: dict[int, Change]) -> list[dict[int, Change]]:
         """The changes that are tried together: those in the host's loop that resume from one step."""
