@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.figures import README, write_figures
+from benchmarks.figures import ALL, README, figures, headline, write_between
 
 TEXT = README.read_text(encoding="utf-8")
 
 
 def test_the_figures_are_those_of_the_result_files() -> None:
-    assert write_figures(TEXT) == TEXT, "run python -m benchmarks.figures"
+    remedy = "run python -m benchmarks.figures"
+    assert write_between(TEXT, headline()) == TEXT, remedy
+    rest = ALL.read_text(encoding="utf-8")
+    assert write_between(rest, figures()) == rest, remedy
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
