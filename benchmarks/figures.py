@@ -353,8 +353,9 @@ def figures() -> str:
             "it. Reproduced and on caption are shares of images; diversity is the distance between two seeds, distance "
             "that from the unguarded image; lanes, seconds and memory are beyond an unguarded batch of four. The last "
             "column is of `tune` rows, `benchmarks/results/mitigations_tune.json`; good ones are no copy, and on "
-            "caption. Both were measured before the search for words looked for other memories "
-            f"(revision {load('mitigations')['provenance']['git']}).",
+            f"caption. Revisions {load('mitigations')['provenance']['git']} and, for the last column, "
+            f"{load('mitigations_tune')['provenance']['git']}; up to 7ff6bca, the search for words did not look for "
+            "other memories.",
             mitigations_table(load("mitigations"), load("mitigations_tune")),
             f"*Explanation*: a rare word is named first by {attribution(load('attribution'))}.",
             "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
