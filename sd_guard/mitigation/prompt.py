@@ -92,6 +92,8 @@ class WordAblation:
         ask(first)
         if not rid:
             ask(runs)
+        if not cost:  # an earlier search, of runs of another length, has left too little to ask for these
+            return
         best = min((run for run in runs if frozenset(run) in cost), key=lambda run: cost[frozenset(run)])
         ask(best[i:j] for i in range(width) for j in range(i + 1, width + 1))
         if self.widen and not rid:

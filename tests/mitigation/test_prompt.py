@@ -148,6 +148,15 @@ def test_a_question_is_asked_once() -> None:
     assert narrow < 10_000 - world.left == both
 
 
+def test_a_second_search_that_cannot_be_afforded_proposes_nothing() -> None:
+    world = World(lambda rest: 1.0)
+    subject = world.subject("a b c d e f g h i j")
+    assert list(WordAblation(max_words=3, widen=False).propose(subject)) == []
+    world.left = 1
+    assert list(WordAblation(max_words=5).propose(subject)) == []
+    assert world.left == 1
+
+
 def test_what_leaves_the_picture_is_not_proposed() -> None:
     world = World(planted("b"))
     changes = list(WordAblation(max_words=1).propose(world.subject("a b c d")))
