@@ -61,9 +61,11 @@ class WordAblation:
         width = min(self.max_words, len(words) - 1)
         runs = [range(start, start + width) for start in range(len(words) - width + 1)] if width > 0 else []
         first = [*runs[: -1 : max(width - 1, 1)], *runs[-1:]]
-        if not runs or (subject.prompt not in subject.known and subject.lanes_left() < len(first) + 2):
+        if not runs:
             return
         if subject.prompt not in subject.known:
+            if subject.lanes_left() < len(first) + 2:
+                return
             whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
             subject.known.update(zip(("", subject.prompt), subject.predict(whole), strict=True))
         control, flagged = subject.known[""][None], subject.known[subject.prompt][None]
