@@ -48,8 +48,8 @@ class Subject:
         token_embeddings: (V, width') input embeddings of the text encoder; None without one.
         encode_tokens: (1, tokens, width') input embeddings in the place of the prompt's own to (1, tokens, width) its
             embedding, differentiable where gradients are enabled; None without a prompt or a text encoder.
-        known: text to (C, H, W): what `predict` has answered for it. Mitigations of one plan share it, so that none pays
-            for an answer that another has.
+        known: text to (C, H, W): what `predict` has answered for it. Shared by the mitigations of a plan, so that none
+            pays for an answer that another has.
     """
 
     prompt: str | None
