@@ -63,6 +63,7 @@ class Calibration:
     observe_at: tuple[float, ...]
     look_again_at: tuple[float, ...]
     probes: int
+    other_seeds: int
     thresholds: Mapping[int, float]
     detector: Mapping[str, Any]
     benign_scores: tuple[float, ...]
@@ -81,7 +82,7 @@ class Calibration:
         threshold = self.thresholds[max(self.thresholds)]
         detector = replace(guard.detector, threshold=threshold, **self.detector)  # type: ignore[type-var]
         looks = {"observe_at": self.observe_at, "look_again_at": self.look_again_at}
-        return replace(guard, **looks, probes=self.probes, detector=detector)
+        return replace(guard, **looks, probes=self.probes, other_seeds=self.other_seeds, detector=detector)
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Raises ValueError where a call's configuration is not the calibrated one."""
@@ -188,6 +189,7 @@ class Calibrator:
             observe_at=guard.observe_at,
             look_again_at=guard.look_again_at,
             probes=guard.probes,
+            other_seeds=guard.other_seeds,
             thresholds={step: conformal_threshold(own, alpha, per_prompt=each) for step, own in scores.items()},
             detector=scoring_of(detector),
             benign_scores=tuple(sorted(firsts)),
@@ -262,7 +264,7 @@ def observations_of(record: GuardRecord) -> list[Observation]:
     for statistic in record.statistics:
         steps.setdefault(statistic.step, {})[statistic.name] = torch.tensor([statistic.value])
     return [
-        Observation(step, record.dimension, values, (0,), probed=(0,) if PROBED[0] in values else ())
+        Observation(step, record.dimension, values, (0,), probed=(0,) if values.keys() & set(PROBED) else ())
         for step, values in sorted(steps.items())
     ]
 

@@ -45,23 +45,27 @@ def verdict_of(score: float, threshold: float) -> Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrematureDetail:
-    """The default: premature detail, in doubt the width of the posterior, and later whether the picture has stayed.
+    """The default: premature detail, in doubt what other noise says, and later whether the picture has stayed.
 
-    The first two are relative to the model's own unconditional prediction at the same latent, so that the threshold
+    All but the last are relative to the model's own unconditional prediction at the same latent, so that the threshold
     needs no calibration. The free part is the mean over steps of the log of the detail that the prompt adds, over that
-    of the prediction without it and of finished pictures (`added_detail`). Where it is in doubt, probes add
-    `lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)`. Which images are probed depends on neither the threshold
-    nor the probes, so that scores stay exchangeable when a calibration moves the threshold. Later looks at the same
-    trajectory add `persistence_weight` times each positive `excess_persistence`, all together `persistence_limit` at
-    most: faint and almost plain memories add little detail, but they are settled, and stay so. How settled ordinary
-    pictures are differs between models, so that nothing is flagged for that alone. The numbers were chosen on `tune`
-    rows of the bundled reference checkpoint and four more.
+    of the prediction without it and of finished pictures (`added_detail`). Where it is in doubt, two more are measured:
+    ``agreement_weight * (seed_agreement - ordinary_agreement)``, whether another seed shows the same picture, and
+    ``lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)``, the width that the prompt takes from the posterior. No
+    score in doubt falls below the range, where those lie that were not measured. Which images are in doubt depends on
+    neither the threshold nor what is measured, so that scores stay exchangeable when a calibration moves the threshold.
+    Later looks at the same trajectory add `persistence_weight` times each positive `excess_persistence`, all together
+    `persistence_limit` at most: faint and almost plain memories add little detail, but they are settled, and stay so.
+    How settled ordinary pictures are differs between models, so that nothing is flagged for that alone, nor without
+    having been held against another seed. The numbers were chosen on `tune` rows of six reference checkpoints.
 
     Attributes:
         threshold: scores above it are flagged.
-        doubt: the free part, lowest and highest, between which an image is probed.
+        doubt: the free part, lowest and highest, between which an image is in doubt.
         lid_weight: weight of the LID deficit, a share of the latent dimension.
         ordinary_deficit: the share that speaks for neither side.
+        agreement_weight: weight of the agreement with other seeds.
+        ordinary_agreement: the agreement that speaks for neither side.
         persistence_weight: weight of the excess persistence, where it is positive; at least 0.
         persistence_limit: what all later looks together may add; at least 0.
 
@@ -70,9 +74,11 @@ class PrematureDetail:
     """
 
     threshold: float = -0.2
-    doubt: tuple[float, float] = (-0.4, 0.0)
+    doubt: tuple[float, float] = (-0.5, 0.3)
     lid_weight: float = 5.0
     ordinary_deficit: float = 0.005
+    agreement_weight: float = 1.0
+    ordinary_agreement: float = 0.55
     persistence_weight: float = 4.0
     persistence_limit: float = 0.3
 
@@ -89,9 +95,10 @@ class PrematureDetail:
         """(B,) scores."""
         score, last = self._added(observations), observations[-1]
         if last.probed:
-            closed = (last.values["trajectory_lid_control"] - last.values["trajectory_lid"]) / last.dimension
             rows = torch.tensor(last.probed, device=score.device)
-            score = score.index_add(0, rows, self.lid_weight * (closed - self.ordinary_deficit)[rows])
+            moved = score + self._probed(last)
+            moved = moved.clamp(min=self.doubt[0]).where(moved.isfinite(), moved)  # what is not finite stays unscored
+            score = score.index_copy(0, rows, moved[rows])
         if later:
             settled = torch.stack([look.values["excess_persistence"] for look in later]).clamp(min=0.0)
             score = score + (self.persistence_weight * settled.sum(0)).clamp(max=self.persistence_limit)
@@ -101,6 +108,16 @@ class PrematureDetail:
         """(B,) whether the free part lies within `doubt`."""
         added = self._added(observations)
         return (added > self.doubt[0]) & (added < self.doubt[1])
+
+    def _probed(self, seen: Observation) -> Tensor:
+        """(B,) what was measured in doubt says beyond the free part; means nothing for images that were not."""
+        values, says = seen.values, torch.zeros(())
+        if "trajectory_lid" in values:
+            closed = (values["trajectory_lid_control"] - values["trajectory_lid"]) / seen.dimension
+            says = says.to(closed) + self.lid_weight * (closed - self.ordinary_deficit)
+        if "seed_agreement" in values:
+            says = self.agreement_weight * (values["seed_agreement"] - self.ordinary_agreement) + says
+        return says
 
     def _added(self, observations: Sequence[Observation]) -> Tensor:
         return torch.stack([seen.values["added_detail"] for seen in observations]).mean(0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sd_guard.detection import Detector, PrematureDetail, Verdict
 from sd_guard.mitigation import EmbeddingNoise, Mitigation, SummaryReplacement, WordAblation
+from sd_guard.observation import lanes_in_doubt
 from sd_guard.policy import Attempt, Outcome, Policy
 
 
@@ -74,6 +75,7 @@ class Guard:
         look_again_at: shares of the schedule, in [0, 1), whose steps look again at what was not flagged, and at what
             was rescued, as far as they are later than the deciding one; none decide once and for all.
         probes: Rademacher vectors that an image in doubt gets at the deciding step, two lanes each.
+        other_seeds: seeds that it is held against there, two lanes each.
         detector: scores a trajectory.
         plan: mitigations, in the order of escalation.
         policy: bounds of the escalation, and its end.
@@ -82,7 +84,8 @@ class Guard:
 
     observe_at: tuple[float, ...] = (0.02, 0.04, 0.06)
     look_again_at: tuple[float, ...] = (0.2, 0.3, 0.5, 0.98)
-    probes: int = 2
+    probes: int = 1
+    other_seeds: int = 1
     detector: Detector = field(default_factory=PrematureDetail)
     plan: Sequence[Mitigation] = (
         WordAblation(widen=False),
@@ -103,7 +106,14 @@ class Guard:
                 "for all"
             )
         if self.probes < 0:
-            raise ValueError(f"probes={self.probes} is negative; 0 decides by the free statistics alone")
+            raise ValueError(f"probes={self.probes} is negative; 0 measures no LID")
+        if self.other_seeds < 0:
+            raise ValueError(f"other_seeds={self.other_seeds} is negative; 0 compares with none")
+
+    @property
+    def lanes_in_doubt(self) -> int:
+        """Lane evaluations that an image in doubt costs; 0 decides by the free statistics alone."""
+        return lanes_in_doubt(self.probes, self.other_seeds)
 
     def with_policy(self, **changes: Any) -> Guard:
         """The same guard with other policy settings."""

@@ -171,6 +171,18 @@ def first_clear_step(scheduler: Any, timesteps: Sequence[float]) -> int:
     return next((step for step, sigma in enumerate(sigmas) if sigma <= CLEAR_SIGMA), 0)
 
 
+def nearest_level(alphas_cumprod: Tensor, sigma: float) -> tuple[int, NoiseLevel]:
+    """The training timestep whose noise level is nearest to `sigma`, by the logarithm, and that level.
+
+    Args:
+        alphas_cumprod: (T,) the checkpoint's own schedule.
+        sigma: Noise-to-signal ratio, above 0.
+    """
+    levels = [NoiseLevel.from_alpha_bar(value) for value in alphas_cumprod.tolist()]
+    nearest = min(range(len(levels)), key=lambda t: abs(math.log(max(levels[t].sigma, 1e-12) / sigma)))
+    return nearest, levels[nearest]
+
+
 def interpret(model_output: Tensor, x: Tensor, level: NoiseLevel, prediction_type: PredictionType) -> Prediction:
     """Turn a UNet output of any parametrisation into predicted noise and predicted clean latent.
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sd_guard.lanes import Unet, evaluate_lanes
 from sd_guard.noise import Prediction, PredictionType, interpret
-from sd_guard.statistics.base import StepCall
+from sd_guard.statistics.base import Denoiser, StepCall
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import probe_products, trajectory_lid
+from sd_guard.statistics.seed_agreement import OTHER_SEED_LANES, predict_from_other_seed, seed_agreement
 from sd_guard.statistics.sharpness import added_detail, detail, excess_persistence
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
@@ -28,9 +29,10 @@ STATISTICS: Mapping[str, tuple[str, str]] = {
     "cfg_norm": ("noisy", "conditional-control"),
     "trajectory_lid": ("noisy", "conditional"),
     "trajectory_lid_control": ("noisy", "control"),
+    "seed_agreement": ("noisy", "conditional-control"),
     "excess_persistence": ("noisy", "conditional"),  # since the deciding step
 }
-PROBED = ("trajectory_lid", "trajectory_lid_control")  # those that cost lanes
+PROBED = ("trajectory_lid", "trajectory_lid_control", "seed_agreement")  # those that cost lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,9 @@ class Observation:
     Attributes:
         step: index into the scheduler's timesteps.
         dimension: D, the entries of one latent.
-        values: name in STATISTICS to (B,) float32; those of the LID are 0 where an image was not probed.
+        values: name in STATISTICS to (B,) float32; those in PROBED are 0 where an image was not probed.
         lanes: extra lane evaluations spent on each of the B images.
-        probed: which images got probes for their LID; empty where none did.
+        probed: which images were in doubt, and got probes or another seed; empty where none did.
         x0_hat: (B, C, H, W) the conditional prediction, float32; None in one that was read back from a record.
     """
 
@@ -122,48 +124,79 @@ def look_again(call: StepCall, prediction_type: PredictionType, then: Tensor) ->
 
 @torch.no_grad()
 def probe(
-    seen: Observation,
-    call: StepCall,
-    unet: Unet,
-    prediction_type: PredictionType,
-    rows: Sequence[int],
-    *,
-    probes: int,
-    seeds: Sequence[int],
+    seen: Observation, call: StepCall, model: Denoiser, rows: Sequence[int], *, probes: int, other_seeds: int
 ) -> Observation:
-    """Adds the trajectory LID of some images, with their prompt and without, by UNet calls of at most the guided shape.
+    """Adds what costs lanes, of some images: their trajectory LID, and their agreement with other seeds.
 
     Args:
         seen: the free statistics of `call`.
         call: with a control.
-        unet: of the sampler.
-        prediction_type: of `unet`.
+        model: behind the trajectory; its `seeds` are those of the probes, one an image of the batch.
         rows: the images to probe, at least one.
-        probes: Rademacher vectors an image, at least 1, shared by its two lanes.
-        seeds: one probe seed an image of the batch, in [0, 2^64).
+        probes: Rademacher vectors an image, shared by its lanes with and without the prompt; 0 measures no LID.
+        other_seeds: seeds that an image is held against; 0 for none.
     """
-    device, images, own = call.x.device, call.x.shape[0], [seeds[row] for row in rows]
+    measured: dict[str, Tensor] = {}
+    if probes:
+        control, conditional = _lids(call, model, rows, probes)
+        measured |= {"trajectory_lid_control": control, "trajectory_lid": conditional}
+    if other_seeds:
+        measured["seed_agreement"] = _agreement(call, model, rows, other_seeds)
+    return add_probed(seen, measured, rows, lanes_in_doubt(probes, other_seeds))
+
+
+def add_probed(seen: Observation, measured: Mapping[str, Tensor], rows: Sequence[int], lanes: int) -> Observation:
+    """The observation with what was measured of some of its images only.
+
+    Args:
+        seen: of B images.
+        measured: name in PROBED to (N,).
+        rows: N images.
+        lanes: that each of them cost.
+    """
+    values, spent = dict(seen.values), list(seen.lanes)
+    for name, value in measured.items():
+        values[name] = value.new_zeros(len(spent)).index_copy(0, torch.tensor(list(rows), device=value.device), value)
+    for row in rows:
+        spent[row] += lanes
+    return replace(seen, values=values, lanes=tuple(spent), probed=tuple(rows))
+
+
+def lanes_in_doubt(probes: int, other_seeds: int) -> int:
+    """Lane evaluations that an image in doubt costs."""
+    return 2 * probes + OTHER_SEED_LANES * other_seeds
+
+
+def _lids(call: StepCall, model: Denoiser, rows: Sequence[int], probes: int) -> Tensor:
+    """(2, N) trajectory LID of N rows without the prompt and with it, by UNet calls of at most the guided shape."""
+    device, images, own = call.x.device, call.x.shape[0], [model.seeds[row] for row in rows]
     v = torch.cat([draw_row_probes(own, call.x.shape[1:], call.step, device, k) for k in range(probes)])
     index = torch.tensor(list(rows), device=device).repeat(probes)
-    predictions = _predictions(call, prediction_type)
+    with_prompt, without = _predictions(call, model.prediction_type)
 
     def traces(v: Tensor, index: Tensor) -> Tensor:
         """(2, N) of N probes: without the prompt, and with it."""
         moved = perturb(call.x[index], v, FiniteDifference().step_for(call.x))
         point = torch.cat([moved.point] * 2)
-        output = evaluate_lanes(unet, point, call.timestep, call.lanes.select(torch.cat([index, index + images])))
-        e_hat = interpret(output, point, call.level, prediction_type).e_hat
-        with_prompt, without = predictions
+        output = evaluate_lanes(model.unet, point, call.timestep, call.lanes.select(torch.cat([index, index + images])))
+        e_hat = interpret(output, point, call.level, model.prediction_type).e_hat
         base = torch.cat([without.e_hat[index], with_prompt.e_hat[index]])
         return probe_products(torch.cat([v] * 2), e_hat, base, torch.cat([moved.step] * 2)).total.reshape(2, -1)
 
     trace = torch.cat([traces(*part) for part in zip(v.split(images), index.split(images), strict=True)], dim=1)
-    lid = trajectory_lid(seen.dimension, call.level.s, trace).reshape(2, probes, len(rows)).mean(1)
-    values = dict(seen.values)
-    for name, value in zip(("trajectory_lid_control", "trajectory_lid"), lid, strict=True):
-        values[name] = value.new_zeros(images).index_copy(0, index[: len(rows)], value)
-    lanes = tuple(spent + 2 * probes * (row in rows) for row, spent in enumerate(seen.lanes))
-    return replace(seen, values=values, lanes=lanes, probed=tuple(rows))
+    return trajectory_lid(call.x[0].numel(), call.level.s, trace).reshape(2, probes, len(rows)).mean(1)
+
+
+def _agreement(call: StepCall, model: Denoiser, rows: Sequence[int], other_seeds: int) -> Tensor:
+    """(N,) mean agreement of N rows with what their prompts show from other noise."""
+    index = torch.tensor(list(rows), device=call.x.device)
+    lanes = call.lanes.select(index + call.x.shape[0])
+    with_prompt, without = (prediction.x0_hat[index] for prediction in _predictions(call, model.prediction_type))
+    others = [
+        predict_from_other_seed(model, lanes, call.x[index], [model.seeds[row] for row in rows], number)
+        for number in range(other_seeds)
+    ]
+    return torch.stack([seed_agreement(with_prompt, without, other) for other in others]).mean(0)
 
 
 def _predictions(call: StepCall, prediction_type: PredictionType) -> tuple[Prediction, Prediction]:

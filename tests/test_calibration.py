@@ -236,6 +236,7 @@ def test_twice_as_many_benign_images_where_memorized_ones_choose() -> None:
 
 SCORING = {
     **{"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009},
+    **{"agreement_weight": 3.0, "ordinary_agreement": 0.4},
     "persistence_weight": 5.0,
     "persistence_limit": 0.5,
 }
@@ -246,6 +247,7 @@ CALIBRATION = Calibration(
     observe_at=(0.1, 0.3),
     look_again_at=(0.4,),
     probes=2,
+    other_seeds=3,
     thresholds={5: 1.0, 15: -0.25},
     detector=SCORING,
     benign_scores=(-0.5, 0.25),
@@ -257,7 +259,8 @@ def test_calibrated_guard() -> None:
     own = Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5, doubt=(0.1, 0.3)), probes=7, seed=3)
     guard = CALIBRATION.apply(own)
     assert guard.detector == PrematureDetail(threshold=-0.25, **SCORING)
-    assert (guard.observe_at, guard.look_again_at, guard.probes, guard.seed) == ((0.1, 0.3), (0.4,), 2, 3)
+    assert (guard.observe_at, guard.look_again_at) == ((0.1, 0.3), (0.4,))
+    assert (guard.probes, guard.other_seeds, guard.seed) == (2, 3, 3)
 
 
 def test_records_of_another_configuration() -> None:

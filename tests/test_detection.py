@@ -68,6 +68,15 @@ def test_the_score_is_the_mean_ratio_and_the_weighted_deficit_of_those_probed() 
     torch.testing.assert_close(detector.score(observations), expected, rtol=0, atol=1e-5)
 
 
+def test_agreement_with_another_seed_moves_those_in_doubt() -> None:
+    """Up or down, and not below the range of doubt, where nothing was measured."""
+    detector = PrematureDetail(doubt=(-0.5, 0.3), agreement_weight=2.0, ordinary_agreement=0.6)
+    last = free([-0.4, -0.1, 0.2, 0.9])[0]
+    values = {**last.values, "seed_agreement": torch.tensor([0.0, 0.5, 0.9, 0.0])}
+    score = detector.score([replace(last, values=values, probed=(0, 1, 2))])
+    torch.testing.assert_close(score, torch.tensor([-0.5, -0.1 - 0.2, 0.2 + 0.6, 0.9]), rtol=0, atol=1e-6)
+
+
 def test_later_looks_raise_scores_and_lower_none() -> None:
     """By what each of them shows; one that is not a number leaves nothing that could be trusted."""
     detector = PrematureDetail(persistence_weight=8.0, persistence_limit=9.0)
@@ -167,11 +176,12 @@ def test_a_probe_that_is_not_finite_is_never_a_pass(name: str, value: float) -> 
 
     def spoilt(rows: Sequence[int]) -> Observation:
         probed = with_lids(observations[-1], rows, torch.zeros(3))
-        values = {**probed.values, name: probed.values[name].index_fill(0, torch.tensor([1]), value)}
-        return replace(probed, values=values)
+        values = {**probed.values, "seed_agreement": torch.full((3,), detector.ordinary_agreement + 0.1)}
+        return replace(probed, values={**values, name: values[name].index_fill(0, torch.tensor([1]), value)})
 
     detector, observations = DETECTOR, free([0.0, 0.3, 0.3])
     assert verdict_of(decide(detector, observations, None)[1][1], detector.threshold) == "pass"
     _, made = decide(detector, observations, spoilt)
     assert [verdict_of(score, detector.threshold) for score in made] == ["pass", "unscored", "pass"]
-    assert made[2] == pytest.approx(0.3 - detector.lid_weight * detector.ordinary_deficit, abs=1e-5)
+    expected = 0.3 - detector.lid_weight * detector.ordinary_deficit + 0.1 * detector.agreement_weight
+    assert made[2] == pytest.approx(expected, abs=1e-5)

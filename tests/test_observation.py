@@ -27,7 +27,7 @@ from sd_guard.observation import (
     probe,
     with_control,
 )
-from sd_guard.statistics.base import StepCall
+from sd_guard.statistics.base import Denoiser, StepCall
 from sd_guard.statistics.sharpness import (
     CONTROL_FLOOR,
     FAINTEST_CONTROL,
@@ -93,7 +93,8 @@ def probed(
     """All that can be seen of one step; of all rows where none are named."""
     call = step_call(unet, x, timestep)
     rows, seeds = (list(range(len(x))) if given is None else given for given in (rows, seeds))
-    return probe(observe(call, prediction_type), call, unet, prediction_type, rows, probes=probes, seeds=seeds)
+    model = Denoiser(unet, prediction_type, SCHEDULE.alphas_cumprod, seeds)
+    return probe(observe(call, prediction_type), call, model, rows, probes=probes, other_seeds=1)
 
 
 def noised(oracle: Oracle, level: Any, images: int = 3) -> Tensor:
@@ -112,7 +113,7 @@ def test_probe_recovers_the_dimensions(timestep: int, k: int, prediction_type: P
     x = noised(memory, level)
     probes = 32
     seen = probed(unet, x, timestep, probes=probes, prediction_type=prediction_type)
-    assert (seen.step, seen.dimension, seen.lanes, seen.probed) == (7, D, (2 * probes,) * 3, (0, 1, 2))
+    assert (seen.step, seen.dimension, seen.lanes, seen.probed) == (7, D, (2 * probes + 2,) * 3, (0, 1, 2))
     assert set(seen.values) == AT_ONCE
     assert all(value.shape == (3,) and value.dtype == torch.float32 for value in seen.values.values())
     torch.testing.assert_close(seen.values["trajectory_lid"], torch.zeros(3), rtol=0, atol=0.05)
@@ -148,10 +149,11 @@ def test_some_rows_are_probed_as_all_of_them_are(rows: list[int], probes: int) -
     assert truth.diff().min() > 1  # none could be another's
     call = step_call(unet, x, 500)
     free, unet.rows, unet.calls = observe(call, "epsilon"), 0, 0
-    part = probe(free, call, unet, "epsilon", rows, probes=probes, seeds=range(4))
-    assert (unet.rows, unet.calls) == (2 * probes * len(rows), math.ceil(probes * len(rows) / 4))
+    model = Denoiser(unet, "epsilon", SCHEDULE.alphas_cumprod, range(4))
+    part = probe(free, call, model, rows, probes=probes, other_seeds=1)
+    assert (unet.rows, unet.calls) == (2 * (probes + 1) * len(rows), math.ceil(probes * len(rows) / 4) + 2)
     assert part.probed == tuple(rows)
-    assert part.lanes == tuple(2 * probes if row in rows else 0 for row in range(4))
+    assert part.lanes == tuple(2 * probes + 2 if row in rows else 0 for row in range(4))
     others = [row for row in range(4) if row not in rows]
     for name in PROBED:
         torch.testing.assert_close(part.values[name][rows], whole.values[name][rows], rtol=1e-4, atol=1e-3)
@@ -173,13 +175,13 @@ def test_cost_without_a_control() -> None:
     completed = with_control(without, unet)
     assert (unet.rows, completed.spent) == (3, 1)
     torch.testing.assert_close(completed.control, with_own.control)
+    model = Denoiser(unet, "epsilon", SCHEDULE.alphas_cumprod, [1, 2, 3])
     own, evaluated = (
-        probe(observe(call, "epsilon"), call, unet, "epsilon", [0, 2], probes=2, seeds=[1, 2, 3])
-        for call in (with_own, completed)
+        probe(observe(call, "epsilon"), call, model, [0, 2], probes=2, other_seeds=1) for call in (with_own, completed)
     )
     for name, value in own.values.items():
         torch.testing.assert_close(evaluated.values[name], value)
-    assert (own.lanes, evaluated.lanes) == ((4, 0, 4), (5, 1, 5))
+    assert (own.lanes, evaluated.lanes) == ((6, 0, 6), (7, 1, 7))
     assert unet.rows == sum(own.lanes) + sum(evaluated.lanes)
 
 
@@ -321,6 +323,7 @@ def test_a_real_unet(dtype: torch.dtype) -> None:
     level = OracleUNet.level(PointMass(torch.zeros(256)).as_unet(SCHEDULE, "epsilon"), 500)
     call = StepCall(0, torch.tensor(500), level, x, both[2:], both[:2], lanes)
     with CountLanes(unet) as count:
-        seen = probe(observe(call, "epsilon"), call, unet, "epsilon", [1], probes=3, seeds=[1, 2])
-    assert count.shapes == [(4, 4, 8, 8), (2, 4, 8, 8)]
+        model = Denoiser(unet, "epsilon", SCHEDULE.alphas_cumprod, [1, 2])
+        seen = probe(observe(call, "epsilon"), call, model, [1], probes=3, other_seeds=1)
+    assert count.shapes == [(4, 4, 8, 8), (2, 4, 8, 8), (1, 4, 8, 8), (1, 4, 8, 8)]
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in seen.values.values())

@@ -94,7 +94,7 @@ def test_the_map_sums_to_the_trajectory_lid_of_the_same_probes(pipe, lane):
     )
     torch.testing.assert_close(total, lid.value, rtol=1e-4, atol=1e-3)
     seen = observe(call, model.prediction_type)
-    seen = probe(seen, call, model.unet, model.prediction_type, [0, 1], probes=probes, seeds=seeds)
+    seen = probe(seen, call, model, [0, 1], probes=probes, other_seeds=0)
     name = "trajectory_lid" if lane == "conditional" else "trajectory_lid_control"
     torch.testing.assert_close(total, seen.values[name].to(total), rtol=1e-4, atol=1e-3)
 

@@ -27,6 +27,7 @@ mitigations = st.one_of(
 @given(
     observed=shares,
     probes=st.integers(0, 5),
+    other_seeds=st.integers(0, 5),
     detector=st.builds(
         PrematureDetail,
         threshold=st.floats(allow_nan=False),
@@ -46,11 +47,18 @@ mitigations = st.one_of(
     seed=st.integers(0, 2**40),
 )
 def test_round_trip(
-    observed: list[float], probes: int, detector: PrematureDetail, plan: list, policy: Policy, seed: int
+    observed: list[float],
+    probes: int,
+    other_seeds: int,
+    detector: PrematureDetail,
+    plan: list,
+    policy: Policy,
+    seed: int,
 ) -> None:
     guard = Guard(
         observe_at=tuple(observed),
         probes=probes,
+        other_seeds=other_seeds,
         detector=detector,
         plan=tuple(plan),
         policy=policy,
@@ -154,7 +162,8 @@ def test_steps_are_on_the_schedule(observed: list[float], count: int) -> None:
         ({"look_again_at": 0.5}, r"look_again_at=0\.5 must hold shares"),
         ({"look_again_at": None}, r"look_again_at=None must hold shares"),
         ({"observe_at": (float("nan"),)}, "must hold shares"),
-        ({"probes": -1}, "probes=-1 is negative; 0 decides by the free statistics alone"),
+        ({"probes": -1}, "probes=-1 is negative; 0 measures no LID"),
+        ({"other_seeds": -1}, "other_seeds=-1 is negative; 0 compares with none"),
     ],
 )
 def test_settings_that_no_run_could_use(options: dict, message: str) -> None:

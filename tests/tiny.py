@@ -213,6 +213,7 @@ def watching(
         "observe_at": (0.2, 0.5),
         "look_again_at": (),
         "probes": 1,
+        "other_seeds": 0,
         "detector": DetailRatio(threshold, doubt),
     } | options
     policy = Policy(margin=0.0, max_resemblance=1.0)  # on random weights all predictions look alike

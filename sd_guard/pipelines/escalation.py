@@ -14,9 +14,10 @@ from sd_guard.detection import decide
 from sd_guard.guard import Guard
 from sd_guard.mitigation import Change, Subject
 from sd_guard.observation import Observation, predicted_image, probe
-from sd_guard.pipelines.inputs import CallInputs, prediction_type
+from sd_guard.pipelines.inputs import CallInputs
 from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
 from sd_guard.pipelines.subject import Origin, token_encoder
+from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.policy import Attempt, Case
 from sd_guard.statistics.sharpness import what_is_left
 
@@ -198,15 +199,15 @@ class Escalation:
     def _probe(self, rows: list[int], resumed: Resumed, rest: int, doubtful: Sequence[int]) -> Observation:
         """Probes those of the resumed images in doubt that can still afford it, and the `rest` of their way."""
         assert resumed.last is not None
-        watch, seen = resumed.watch, resumed.observations[-1]
+        guard, seen = self.guard, resumed.observations[-1]
         cases = {index: self.cases[rows[index]] for index in doubtful}
-        able = [index for index, case in cases.items() if case.lanes + rest + 2 * watch.probes <= case.budget]
-        if not able or not watch.probes:
+        able = [index for index, case in cases.items() if case.lanes + rest + guard.lanes_in_doubt <= case.budget]
+        if not able or not guard.lanes_in_doubt:
             return seen
         for index in able:
-            cases[index].lanes += 2 * watch.probes
-        kind = prediction_type(self.pipe)
-        return probe(seen, resumed.last, self.pipe.unet, kind, able, probes=watch.probes, seeds=watch.seeds)
+            cases[index].lanes += guard.lanes_in_doubt
+        model = denoiser_of(self.pipe, resumed.watch.seeds)
+        return probe(seen, resumed.last, model, able, probes=guard.probes, other_seeds=guard.other_seeds)
 
     def _propose(self, row: int) -> list[Iterator[Change]]:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row

@@ -72,14 +72,12 @@ class Watch:
         clear: the first step whose prediction shows anything.
         steps: observed; the last decides.
         later_steps: that look again.
-        probes: that an image in doubt may get at the deciding step.
-        seeds: of them, one an image.
+        seeds: of probes and other seeds, one an image.
     """
 
     clear: int
     steps: Sequence[int]
     later_steps: Sequence[int]
-    probes: int
     seeds: Sequence[int]
 
     def select(self, rows: Sequence[int]) -> Watch:

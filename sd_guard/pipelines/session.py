@@ -33,6 +33,7 @@ from sd_guard.observation import (
 from sd_guard.pipelines.escalation import Escalation, Rescue
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_delayed
+from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
 from sd_guard.statistics.base import StepCall
@@ -66,7 +67,7 @@ class Session:
         self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
         guard, count, clear = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
-        self.watch = Watch(clear, guard.steps(count, clear), guard.later_steps(count, clear), guard.probes, seeds)
+        self.watch = Watch(clear, guard.steps(count, clear), guard.later_steps(count, clear), seeds)
         self._keep(pipe, 0, latents)
         self._read_level(pipe, 0)
 
@@ -134,10 +135,10 @@ class Session:
         budget = as_much if policy.budget is None else policy.budget
 
         def ask(rows: Sequence[int]) -> Observation:
-            kind = prediction_type(pipe)
-            return probe(free, call, pipe.unet, kind, rows, probes=watch.probes, seeds=watch.seeds)
+            model = denoiser_of(pipe, watch.seeds)
+            return probe(free, call, model, rows, probes=self.guard.probes, other_seeds=self.guard.other_seeds)
 
-        self.observations, scores = decide(detector, self.observations, ask if watch.probes else None)
+        self.observations, scores = decide(detector, self.observations, ask if self.guard.lanes_in_doubt else None)
         for score, spent in zip(scores, lanes_of(self.observations), strict=True):
             self.cases.append(Case(verdict_of(score, detector.threshold), score, call.step, budget, lanes=spent))
         return self._resolve(pipe, call.step, tensors)

@@ -44,8 +44,7 @@ class Watching:
             return None
 
         def ask(rows: Sequence[int]) -> Observation:
-            last, probes = self.seen[-1], guard.probes
-            return probe(last, call, model.unet, model.prediction_type, rows, probes=probes, seeds=model.seeds)
+            return probe(self.seen[-1], call, model, rows, probes=guard.probes, other_seeds=guard.other_seeds)
 
-        self.seen, scores = decide(guard.detector, self.seen, ask if guard.probes else None)
+        self.seen, scores = decide(guard.detector, self.seen, ask if guard.lanes_in_doubt else None)
         return scores, lanes_of(self.seen)

@@ -1,8 +1,9 @@
 """Quick depth: a score from one early noise level, without sampling, autoencoder or image.
 
 A seed's *control* depends on no prompt: its first latent, the latent at the observed level on the way that the empty
-prompt takes (guidance adds nothing to it there), what the UNet says of it without a prompt, and the probes with their
-LID. It is computed once a seed. A prompt then costs one lane, and where the detector is in doubt one more a probe.
+prompt takes (guidance adds nothing to it there), what the UNet says of it without a prompt, the probes with their LID,
+and the other seeds' latents, on that way likewise. It is computed once a seed. A prompt then costs one lane, and where
+the detector is in doubt one more a probe and another seed.
 
 The level is reached from the first latent by a single deterministic step: at these noise levels that loses nothing
 against a fine schedule. `benchmarks/quick.py` measures this, and what else was tried.
@@ -31,7 +32,7 @@ from sd_guard.fingerprint import Fingerprint, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
-from sd_guard.observation import PROBED, STATISTICS, Observation, observe
+from sd_guard.observation import PROBED, STATISTICS, Observation, add_probed, observe
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.policy import Outcome
 from sd_guard.screening.encoding import Texts, encoding
@@ -42,6 +43,7 @@ from sd_guard.screening.settings import ModelSettings
 from sd_guard.snapshots import copy_scheduler
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.lid import probe_products, trajectory_lid
+from sd_guard.statistics.seed_agreement import other_noise, other_places, seed_agreement, step_down
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
@@ -51,6 +53,7 @@ QUICK: Final = Guard(
     observe_at=(0.06,),
     look_again_at=(),
     probes=1,
+    other_seeds=0,
     detector=PrematureDetail(threshold=-0.15, doubt=(-0.4, 0.1), lid_weight=10.0),
 )
 FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
@@ -76,20 +79,22 @@ class Control:
         x: (S, K, C, H, W) UNet inputs.
         output: (S, K, C, H, W) what the UNet returned for them without a prompt.
         lid: (S,) trajectory LID without a prompt at the last of the steps; 0 where there are no probes.
+        others: (S, M, C, H, W) UNet inputs of M other seeds, where these are looked at.
     """
 
     x: Tensor
     output: Tensor
     lid: Tensor
+    others: Tensor
 
     def select(self, rows: Tensor) -> Control:
         """Of some seeds, which may repeat."""
-        return Control(self.x[rows], self.output[rows], self.lid[rows])
+        return Control(self.x[rows], self.output[rows], self.lid[rows], self.others[rows])
 
     @staticmethod
     def join(controls: Sequence[Control]) -> Control:
         """Of the seeds of all of these, in order."""
-        parts = zip(*((one.x, one.output, one.lid) for one in controls), strict=True)
+        parts = zip(*((one.x, one.output, one.lid, one.others) for one in controls), strict=True)
         return Control(*(torch.cat(part) for part in parts))
 
 
@@ -104,7 +109,7 @@ class QuickScreener:
 
     Attributes:
         pipe: A `GuardedStableDiffusionPipeline`; only its UNet and text encoder are used.
-        guard: Where to look, how to decide, probes.
+        guard: Where to look, how to decide, probes, other seeds.
         fingerprint: Of the configuration.
         scheduler: A copy of the pipeline's, on the schedule of full depth.
         first: The first step.
@@ -145,7 +150,7 @@ class QuickScreener:
             pipe: A guarded pipeline.
             model: `steps`, `height` and `width` decide the schedule and the latents; there is no guidance.
             batch_size: Lanes of a UNet call, >= 1.
-            guard: Its `observe_at`, `probes`, `detector` and `seed` are used.
+            guard: Its `observe_at`, `probes`, `other_seeds`, `detector` and `seed` are used.
             calibration: Of quick depth, whose threshold replaces the guard's.
 
         Raises:
@@ -216,9 +221,9 @@ class QuickScreener:
         free = [self._observe(call) for call in calls]
 
         def ask(rows: Sequence[int]) -> Observation:
-            return self._probe(free[-1], calls[-1], control.lid, seeds, rows)
+            return self._probe(free[-1], calls[-1], control, seeds, rows)
 
-        seen, scores = decide(self.guard.detector, free, ask if self.guard.probes else None)
+        seen, scores = decide(self.guard.detector, free, ask if self.guard.lanes_in_doubt else None)
         return self._records(seen, scores, seeds)
 
     def _controls(self, seeds: Sequence[int]) -> Control:
@@ -244,24 +249,42 @@ class QuickScreener:
         return {step: each[each.isfinite()].clamp(min=FAINTEST_CONTROL).mean() for step, each in details.items()}
 
     def _evaluate_controls(self, seeds: Sequence[int]) -> Control:
-        texts, inputs = self.empty.expand(len(seeds), -1, -1), self._walk(seeds)
+        texts, start = self.empty.expand(len(seeds), -1, -1), self._first_inputs(seeds)
+        later = [place for place in self.observed if place.step > 0]
+        stepped = self._step_down(start, self.first, later)
+        inputs = stepped if len(later) == len(self.observed) else [start, *stepped]
         outputs = [self._evaluate(x, place, texts) for x, place in zip(inputs, self.observed, strict=True)]
         x = inputs[-1]
         lid = self._lid(x, outputs[-1], texts, seeds) if self.guard.probes else x.new_zeros(len(seeds))
-        return Control(torch.stack(inputs, 1), torch.stack(outputs, 1), lid)
-
-    def _walk(self, seeds: Sequence[int]) -> list[Tensor]:
-        """The UNet's input without a prompt, (S, C, H, W), at each observed step: one step of DDIM from the first.
-
-        Without noise (Song et al. 2020, arXiv 2010.02502): the level's own mixture of the two predictions.
-        """
-        start = self._first_inputs(seeds)
-        output = self._evaluate(start, self.first, self.empty.expand(len(seeds), -1, -1))
-        ahead = interpret(output, start, self.first.level, prediction_type(self.pipe))
-        return [
-            start if step == 0 else (level.a * ahead.x0_hat + level.s * ahead.e_hat).to(start.dtype)
-            for step, level in ((place.step, place.level) for place in self.observed)
+        first, seen = self._other_places()
+        others = [
+            self._step_down(other_noise(self._probe_seeds(seeds), x, number), first, [seen])[0]
+            for number in range(self.guard.other_seeds)
         ]
+        return Control(
+            torch.stack(inputs, 1),
+            torch.stack(outputs, 1),
+            lid,
+            torch.stack(others, 1) if others else x.new_zeros(len(x), 0, *self.noise_shape),
+        )
+
+    def _step_down(self, x: Tensor, place: Place, to: Sequence[Place]) -> list[Tensor]:
+        """The UNet's inputs without a prompt, (S, C, H, W), at lower places: one step to each."""
+        output = self._evaluate(x, place, self.empty.expand(len(x), -1, -1))
+        ahead = interpret(output, x, place.level, prediction_type(self.pipe))
+        return [step_down(ahead, lower.level).to(x) for lower in to]
+
+    def _other_places(self) -> tuple[Place, Place]:
+        """Where other seeds begin, and where they are looked at."""
+        first, seen = (
+            Place(-1, torch.tensor(timestep, device=self.empty.device), level)
+            for timestep, level in other_places(self.scheduler.alphas_cumprod)
+        )
+        return first, seen
+
+    def _probe_seeds(self, seeds: Sequence[int]) -> list[int]:
+        """Of probes and other seeds: as `CallInputs.probe_seed_of` mixes them."""
+        return [(seed + 0x9E3779B97F4A7C15 * (self.guard.seed + 1)) % 2**64 for seed in seeds]
 
     def _first_inputs(self, seeds: Sequence[int]) -> Tensor:
         """(S, C, H, W) what the UNet is given at the first step: the latents that full depth starts from."""
@@ -280,24 +303,34 @@ class QuickScreener:
         return replace(seen, values={**seen.values, "added_detail": added})
 
     def _probe(
-        self, seen: Observation, call: StepCall, lid_control: Tensor, seeds: Sequence[int], rows: Sequence[int]
+        self, seen: Observation, call: StepCall, control: Control, seeds: Sequence[int], rows: Sequence[int]
     ) -> Observation:
-        """Adds the trajectory LID of some images: one lane a probe, the control's (N,) being known."""
-        images, index = len(seeds), torch.tensor(list(rows), device=call.x.device)
-        texts = call.lanes.prompt_embeds[images + index]
-        lid = self._lid(call.x[index], call.conditional[index], texts, [seeds[row] for row in rows])
-        values = dict(seen.values)
-        for name, value in (("trajectory_lid_control", lid_control[index]), ("trajectory_lid", lid)):
-            values[name] = value.new_zeros(images).index_copy(0, index, value)
-        probed = set(rows)
-        lanes = tuple(spent + self.guard.probes * (row in probed) for row, spent in enumerate(seen.lanes))
-        return replace(seen, values=values, lanes=lanes, probed=tuple(rows))
+        """Adds what costs lanes, of some images: one a probe and one another seed, the control's being known."""
+        guard, index = self.guard, torch.tensor(list(rows), device=call.x.device)
+        texts = call.lanes.prompt_embeds[len(seeds) + index]
+        measured: dict[str, Tensor] = {}
+        if guard.probes:
+            lid = self._lid(call.x[index], call.conditional[index], texts, [seeds[row] for row in rows])
+            measured |= {"trajectory_lid_control": control.lid[index], "trajectory_lid": lid}
+        if guard.other_seeds:
+            measured["seed_agreement"] = self._agreement(call, control.others, texts, index)
+        return add_probed(seen, measured, rows, guard.probes + guard.other_seeds)
+
+    def _agreement(self, call: StepCall, others: Tensor, texts: Tensor, index: Tensor) -> Tensor:
+        """(N,) mean agreement with the other seeds."""
+        kind, seen = prediction_type(self.pipe), self._other_places()[1]
+        assert call.control is not None
+        with_prompt, without = (
+            interpret(output[index], call.x[index], call.level, kind).x0_hat
+            for output in (call.conditional, call.control)
+        )
+        shown = [interpret(self._evaluate(x, seen, texts), x, seen.level, kind).x0_hat for x in others[index].unbind(1)]
+        return torch.stack([seed_agreement(with_prompt, without, other) for other in shown]).mean(0)
 
     def _lid(self, x: Tensor, output: Tensor, texts: Tensor, seeds: Sequence[int]) -> Tensor:
         """(N,) trajectory LID at the last observed step, mean over the probes, which are those of full depth."""
         place, kind = self.observed[-1], prediction_type(self.pipe)
-        # As `CallInputs.probe_seed_of` mixes them.
-        own = [(seed + 0x9E3779B97F4A7C15 * (self.guard.seed + 1)) % 2**64 for seed in seeds]
+        own = self._probe_seeds(seeds)
         base = interpret(output, x, place.level, kind).e_hat
         traces: list[Tensor] = []
         for k in range(self.guard.probes):

@@ -30,6 +30,7 @@ from sd_guard.statistics.normal_bundle import NormalBundleLid
 from sd_guard.statistics.norms import NoiseNorm
 from sd_guard.statistics.one_step import OneStepEdges
 from sd_guard.statistics.reconstruction import ReconstructionCost
+from sd_guard.statistics.seed_agreement import SeedAgreement
 from sd_guard.statistics.sharpness import AddedDetail, Detail, LogDetailRatio
 from sd_guard.statistics.tiled import TiledDistance
 from sd_guard.statistics.update_norm import LatentUpdateNorm
@@ -38,6 +39,7 @@ STATISTICS: Final[dict[str, type[Statistic]]] = {
     "detail": Detail,
     "log_detail_ratio": LogDetailRatio,
     "added_detail": AddedDetail,
+    "seed_agreement": SeedAgreement,
     "trajectory_lid": TrajectoryLid,
     "trajectory_lid_control": TrajectoryLidControl,
     "lid_contrast": LidContrast,

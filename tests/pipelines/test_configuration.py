@@ -96,7 +96,7 @@ def test_calibration_of_another_configuration(guarded: Any) -> None:
     pipe = guarded(watching())
     fingerprint = take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5)
     scoring = scoring_of(pipe.guard.detector)
-    calibration = Calibration(fingerprint, 0.1, 20, (0.2, 0.5), (), 1, {1: 5.0, 3: -math.inf}, scoring, ())
+    calibration = Calibration(fingerprint, 0.1, 20, (0.2, 0.5), (), 1, 0, {1: 5.0, 3: -math.inf}, scoring, ())
     pipe.enable_guard(calibration=calibration)
     output, _ = latents_of(pipe)
     assert [record.verdict for record in output.records] == ["flag"] * 3  # by the threshold of the deciding step
@@ -194,7 +194,7 @@ def test_a_calibration_is_saved_with_the_guard(guarded: Any, tmp_path: Any) -> N
     pipe = guarded(Guard(observe_at=(0.2, 0.5)))
     fingerprint = take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5)
     scoring = scoring_of(pipe.guard.detector)
-    pipe.enable_guard(calibration=Calibration(fingerprint, 0.1, 20, (0.2, 0.5), (), 1, {3: 0.75}, scoring, (0.5,)))
+    pipe.enable_guard(calibration=Calibration(fingerprint, 0.1, 20, (0.2, 0.5), (), 1, 0, {3: 0.75}, scoring, (0.5,)))
     pipe.save_pretrained(tmp_path)
     loaded = GuardedStableDiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)

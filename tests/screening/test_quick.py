@@ -17,12 +17,16 @@ from sd_guard.detection import PrematureDetail
 from sd_guard.evaluation.metrics import auroc
 from sd_guard.fingerprint import take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
+from sd_guard.lanes import Conditioning, evaluate_lanes
+from sd_guard.noise import interpret
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.screening.calibrating import score_prompts
 from sd_guard.screening.jobs import Job
 from sd_guard.screening.quick import FLAGGED, GROUND_SEEDS, KEPT_SEEDS, QuickScreener
 from sd_guard.screening.settings import ModelSettings
+from sd_guard.statistics.seed_agreement import other_noise, other_places, seed_agreement, step_down
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL
 
 MODEL = ModelSettings(model="tiny/random", steps=8)
@@ -31,8 +35,8 @@ EVERYBODY = PrematureDetail(threshold=math.inf, doubt=(-math.inf, math.inf))  # 
 NOBODY = PrematureDetail(threshold=math.inf, doubt=(math.inf, -math.inf))
 
 
-def guard(detector: Any = EVERYBODY, *, at: float = 0.13, probes: int = 1) -> Guard:
-    return Guard(observe_at=(at,), look_again_at=(), probes=probes, detector=detector)
+def guard(detector: Any = EVERYBODY, *, at: float = 0.13, probes: int = 1, other_seeds: int = 0) -> Guard:
+    return Guard(observe_at=(at,), look_again_at=(), probes=probes, other_seeds=other_seeds, detector=detector)
 
 
 def values(record: GuardRecord) -> dict[tuple[int, str], float]:
@@ -119,8 +123,39 @@ def test_a_prompt_costs_one_lane_and_one_more_a_probe(
     assert (len(first.shapes), len(again.shapes)) == (3 + 3, 3)  # the seed's control, once: first step, level, probe
 
 
+def test_another_seed_costs_one_lane_and_shows_what_the_prompt_brings(
+    make: Callable[..., QuickScreener], middling: PrematureDetail
+) -> None:
+    """From the other seeds' own noise, one step down without a prompt, and there with it."""
+    screener, seeds = make(middling, probes=0, other_seeds=2), [0] * len(PROMPTS)
+    records = screener.measure(PROMPTS, seeds)
+    with CountLanes(screener.pipe.unet) as again:
+        assert screener.measure(PROMPTS, seeds) == records
+    compared = [(1, "seed_agreement") in values(record) for record in records]
+    assert sum(compared) == 3
+    assert [record.extra_lanes for record in records] == [3 if doubtful else 1 for doubtful in compared]
+    assert len(again.shapes) == 2 + 2
+    row = compared.index(True)
+    model, own = denoiser_of(screener.pipe, [0]), 0x9E3779B97F4A7C15 * (screener.guard.seed + 1) % 2**64
+    text = screener.pipe.encode_prompt([PROMPTS[row]], "cpu", 1, False)[0]
+    (first, high), (seen, low) = other_places(model.alphas_cumprod)
+    control, place = screener.cache[0], screener.observed[0]
+    found = []
+    for number in range(2):
+        x = other_noise([own], control.x[:, 0], number)
+        ahead = interpret(evaluate_lanes(model.unet, x, first, Conditioning(screener.empty)), x, high, "epsilon")
+        x = step_down(ahead, low)
+        found.append(interpret(evaluate_lanes(model.unet, x, seen, Conditioning(text)), x, low, "epsilon").x0_hat)
+    output = evaluate_lanes(model.unet, control.x[:, 0], place.timestep, Conditioning(text))
+    shown, without = (
+        interpret(each, control.x[:, 0], place.level, "epsilon").x0_hat for each in (output, control.output[:, 0])
+    )
+    expected = torch.stack([seed_agreement(shown, without, other) for other in found]).mean()
+    assert values(records[row])[1, "seed_agreement"] == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+
+
 def test_levels_are_averaged_and_no_probe_is_spent_where_none_is_allowed(pipe: Any) -> None:
-    settings = Guard(observe_at=(0.0, 0.25), look_again_at=(), probes=0, detector=EVERYBODY)
+    settings = Guard(observe_at=(0.0, 0.25), look_again_at=(), probes=0, other_seeds=0, detector=EVERYBODY)
     record = QuickScreener.make(pipe, MODEL, guard=settings).measure(PROMPTS[:1], [0])[0]
     added = [values(record)[step, "added_detail"] for step in (0, 2)]
     assert record.score == pytest.approx(np.mean(added), rel=1e-5)
