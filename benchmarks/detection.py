@@ -40,7 +40,7 @@ QUESTIONS = (
     "template / novel + plain",
     "both / novel + plain",
 )
-OURS = (GUARD, "added_detail", "detail", "log_detail_ratio")  # what changes with the detector
+OURS = (GUARD, "added_detail", "seed_agreement", "detail", "log_detail_ratio")  # what changes with the detector
 KEPT = [
     "statistic",
     "step",

@@ -1,7 +1,7 @@
 """The suite `trace`: what a Jacobian product costs and how far it is off, by method, dtype and step size.
 
 The error of a product is that of arithmetic alone: the same probe vectors at the same latents, against exact products
-in float32 of the same weights. The error of the guard's two probes is against the mean of 256 exact ones. Both are
+in float32 of the same weights. The error of the guard's probes is against the mean of 256 exact ones. Both are
 shares of the latent dimension, as the detector weighs the LID. The weights of a full-size architecture are random, so
 that its times are those of the real one, and its errors are not.
 """

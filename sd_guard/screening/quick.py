@@ -249,10 +249,7 @@ class QuickScreener:
         return {step: each[each.isfinite()].clamp(min=FAINTEST_CONTROL).mean() for step, each in details.items()}
 
     def _evaluate_controls(self, seeds: Sequence[int]) -> Control:
-        texts, start = self.empty.expand(len(seeds), -1, -1), self._first_inputs(seeds)
-        later = [place for place in self.observed if place.step > 0]
-        stepped = self._step_down(start, self.first, later)
-        inputs = stepped if len(later) == len(self.observed) else [start, *stepped]
+        texts, inputs = self.empty.expand(len(seeds), -1, -1), self._walk(seeds)
         outputs = [self._evaluate(x, place, texts) for x, place in zip(inputs, self.observed, strict=True)]
         x = inputs[-1]
         lid = self._lid(x, outputs[-1], texts, seeds) if self.guard.probes else x.new_zeros(len(seeds))
@@ -267,6 +264,12 @@ class QuickScreener:
             lid,
             torch.stack(others, 1) if others else x.new_zeros(len(x), 0, *self.noise_shape),
         )
+
+    def _walk(self, seeds: Sequence[int]) -> list[Tensor]:
+        """The UNet's input without a prompt, (S, C, H, W), at each observed step: one step from the first."""
+        start, later = self._first_inputs(seeds), [place for place in self.observed if place.step > 0]
+        stepped = self._step_down(start, self.first, later)
+        return stepped if len(later) == len(self.observed) else [start, *stepped]
 
     def _step_down(self, x: Tensor, place: Place, to: Sequence[Place]) -> list[Tensor]:
         """The UNet's inputs without a prompt, (S, C, H, W), at lower places: one step to each."""
