@@ -15,6 +15,7 @@ from tiny import EVERYBODY, NOBODY, CountLanes, build, seeded, watching
 
 from sd_guard.detection import PrematureDetail
 from sd_guard.mitigation import DelayedGuidance
+from sd_guard.observation import PROBED
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 
 STEPS = 6
@@ -30,8 +31,8 @@ def values(record: Any) -> dict[tuple[int, str], float]:
     return {(value.step, value.name): value.value for value in record.statistics}
 
 
-def lids(record: Any) -> set[tuple[int, str]]:
-    return {key for key in values(record) if "lid" in key[1]}
+def asked(record: Any) -> set[tuple[int, str]]:
+    return {key for key in values(record) if key[1] in PROBED}
 
 
 def test_record(guarded: Any) -> None:
@@ -48,7 +49,7 @@ def test_record(guarded: Any) -> None:
             (3, "trajectory_lid", "noisy", "conditional"),
             (3, "trajectory_lid_control", "noisy", "control"),
         }
-        assert {step for step, _ in lids(record)} == {3}
+        assert {step for step, _ in asked(record)} == {3}
         assert all(math.isfinite(value.value) for value in record.statistics)
     assert call(pipe, generator=None).records[0].seed is None
     assert [r.seed for r in call(pipe, generator=torch.Generator().manual_seed(8)).records] == [8, 8]
@@ -63,32 +64,33 @@ def test_without_doubt_a_call_costs_nothing(guarded: Any) -> None:
     for record in output.records:
         assert record.extra_lanes == 0
         assert {step for step, _ in values(record)} == {1, 3}
-        assert lids(record) == set()
+        assert asked(record) == set()
 
 
-@pytest.mark.parametrize("probes", [0, 1, 3])
-def test_only_images_in_doubt_are_probed_and_billed(guarded: Any, probes: int) -> None:
-    """And with no probes allowed, none is."""
-    pipe = guarded(watching(doubt=EVERYBODY, probes=probes))
+@pytest.mark.parametrize(("probes", "other_seeds"), [(0, 0), (1, 0), (3, 0), (0, 1), (1, 2)])
+def test_only_images_in_doubt_are_probed_and_billed(guarded: Any, probes: int, other_seeds: int) -> None:
+    """And with no probes and no other seeds allowed, none is."""
+    options = {"probes": probes, "other_seeds": other_seeds}
+    pipe = guarded(watching(doubt=EVERYBODY, **options))
     scores = [record.score for record in call(pipe).records]
     doubtful = int(scores[1] > scores[0])
-    pipe.enable_guard(watching(doubt=(min(scores), math.inf), probes=probes))
+    pipe.enable_guard(watching(doubt=(min(scores), math.inf), **options))
     with CountLanes(pipe.unet) as count:
         output = call(pipe)
-    assert count.rows == 2 * 2 * STEPS + 2 * probes
-    assert len(count.shapes) == STEPS + math.ceil(probes / 2)
+    assert count.rows == 2 * 2 * STEPS + 2 * (probes + other_seeds)
+    assert len(count.shapes) == STEPS + math.ceil(probes / 2) + 2 * other_seeds
     for row, record in enumerate(output.records):
-        own = row == doubtful and probes > 0
-        assert record.extra_lanes == 2 * probes * own
-        assert bool(lids(record)) == own
+        own = row == doubtful and probes + other_seeds > 0
+        assert record.extra_lanes == 2 * (probes + other_seeds) * own
+        assert bool(asked(record)) == own
         assert record.score == scores[row]
 
 
 def test_probes_do_not_depend_on_batchmates(guarded: Any) -> None:
     """An image with its own generator is scored alike alone, in company, and at another place of the batch."""
-    pipe = guarded(watching(doubt=EVERYBODY))
+    pipe = guarded(watching(doubt=EVERYBODY, other_seeds=1))
     together = call(pipe)
-    assert [len(lids(record)) for record in together.records] == [2, 2]
+    assert [len(asked(record)) for record in together.records] == [3, 3]
     for row in range(2):
         alone = call(pipe, PROMPTS[row], generator=seeded(row + 1))
         assert values(alone.records[0]).keys() == values(together.records[row]).keys()
@@ -96,7 +98,7 @@ def test_probes_do_not_depend_on_batchmates(guarded: Any) -> None:
             assert value == pytest.approx(values(together.records[row])[key], rel=2e-3, abs=2e-3), key
     swapped = call(pipe, PROMPTS[::-1], generator=seeded(2, 1))
     assert swapped.records[0].score == pytest.approx(together.records[1].score, abs=1e-4)
-    for key in lids(together.records[1]):
+    for key in asked(together.records[1]):
         assert values(swapped.records[0])[key] == pytest.approx(values(together.records[1])[key], rel=2e-3, abs=2e-3)
 
 
@@ -107,15 +109,15 @@ def test_an_image_is_probed_alike_whoever_else_is_in_doubt(guarded: Any) -> None
     for doubt, row in (((together[low].score, math.inf), high), ((-math.inf, together[high].score), low)):
         pipe.enable_guard(watching(doubt=doubt))
         records = call(pipe).records
-        assert [bool(lids(record)) for record in records] == [index == row for index in range(2)]
-        for key in lids(together[row]):
+        assert [bool(asked(record)) for record in records] == [index == row for index in range(2)]
+        for key in asked(together[row]):
             assert values(records[row])[key] == pytest.approx(values(together[row])[key], rel=2e-3, abs=2e-3)
 
 
 @pytest.mark.parametrize("given", ["text", "embeddings"])
 def test_a_negative_prompt_buys_no_pass(guarded: Any, given: str) -> None:
     """The prompt as its own negative prompt: guidance has no effect, and the score stays that of the empty control."""
-    pipe = guarded(watching(observe_at=(0.0,), look_again_at=(), doubt=EVERYBODY))  # later the trajectories differ
+    pipe = guarded(watching(observe_at=(0.0,), other_seeds=1, doubt=EVERYBODY))  # later the trajectories differ
     expected = call(pipe)
     if given == "text":
         output = call(pipe, negative_prompt=PROMPTS)
@@ -124,7 +126,7 @@ def test_a_negative_prompt_buys_no_pass(guarded: Any, given: str) -> None:
         output = call(pipe, negative_prompt_embeds=embeds)
     for with_negative, without in zip(output.records, expected.records, strict=True):
         assert abs(without.score) > 1e-3
-        assert len(lids(with_negative)) == len(lids(without)) == 2
+        assert len(asked(with_negative)) == len(asked(without)) == 3
         assert with_negative.score == pytest.approx(without.score, abs=1e-5)
         for key, value in values(without).items():  # whatever a detector makes of them
             assert values(with_negative)[key] == pytest.approx(value, rel=1e-3, abs=0.02), key
@@ -195,7 +197,7 @@ def test_what_is_not_finite_is_unscored(
     assert bad.reason == "the UNet's output was not finite"
     assert bad.decided_at_step is None
     assert math.isnan(bad.score)
-    assert lids(bad) == set()
+    assert asked(bad) == set()
     if doubt is NOBODY:
         assert good == as_before
     assert replace(good, statistics=()) == replace(as_before, statistics=())
