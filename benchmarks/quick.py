@@ -1,10 +1,10 @@
 """Quick depth on the bundled checkpoint: `python -m benchmarks.quick`.
 
-On `tune` rows, every prompt at the same few seeds: where to look, how to get there and how many probes, against the
-guard's own first decision on its full schedule. The candidates are compared by scores pooled over the seeds, as one
-threshold sees them, and within each seed, as a run of one seed is ranked. The choice (`sd_guard.screening.quick.QUICK`)
-is then measured on `report` rows, here and of the other checkpoints, at seeds that nothing was chosen by. Last, the
-share of the wall time that is spent inside the UNet, by batch size.
+On `tune` rows, every prompt at the same few seeds: where to look, how to get there, how many probes and other seeds,
+against the guard's own first decision on its full schedule. The candidates are compared by scores pooled over the
+seeds, as one threshold sees them, and within each seed, as a run of one seed is ranked. The choice
+(`sd_guard.screening.quick.QUICK`) is then measured on `report` rows, here and of the other checkpoints, at seeds that
+nothing was chosen by. Last, the share of the wall time that is spent inside the UNet, by batch size.
 
 The `report` rows of the first two were seen before, at other seeds, with the control's own detail in the score (AUROC
 .993 / .994, pooled), and with none. That the mean of several controls should take its place was found on `tune` rows.
@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.results import write_result
-from sd_guard.detection import PrematureDetail
 from sd_guard.evaluation.metrics import auroc, tpr_at
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import first_clear_step, interpret, read_level
@@ -49,12 +48,14 @@ BATCH = 62  # a quarter of the rows of either split
 SEEDS = range(8, 13)  # of the candidates
 CHOICE_SEEDS = 16  # more, since all prompts of a seed lie higher or lower together
 REPORT_SEED = 50_000
-LOOKS = (  # candidate: shares of the schedule, probes
-    ("a: first latent", (0.0,), 1),
-    *(("b: latent without a prompt", (share,), 1) for share in (0.02, 0.04, 0.06, 0.1, 0.2)),
-    ("b: latent without a prompt", (0.06,), 0),
-    ("b: latent without a prompt", (0.06,), 2),
-    ("c: two levels", (0.02, 0.06), 1),
+LOOKS = (  # candidate: shares of the schedule, probes, other seeds
+    ("a: first latent", (0.0,), 0, 1),
+    *(("b: latent without a prompt", (share,), 0, 1) for share in (0.02, 0.04, 0.06, 0.1, 0.2)),
+    ("b: latent without a prompt", (0.06,), 0, 0),
+    ("b: latent without a prompt", (0.06,), 1, 0),
+    ("b: latent without a prompt", (0.06,), 1, 1),
+    ("b: latent without a prompt", (0.06,), 0, 2),
+    ("c: two levels", (0.02, 0.06), 0, 1),
 )
 Table = list[list[GuardRecord]]  # by seed, then prompt
 
@@ -125,9 +126,8 @@ def main() -> None:
     threshold = QUICK.detector.threshold
     pipe, rows = load(checkpoint_path()), rows_of("tune", checkpoint_path())
     lines = [look_line(pipe, rows, *look) for look in tqdm(LOOKS)]
-    lines += [look_line(pipe, rows, "b, by the full schedule", (share,), 1, FineScreener) for share in (0.06,)]
-    own = PrematureDetail(threshold=threshold)
-    lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 1, OwnControl, own))
+    lines.append(look_line(pipe, rows, "b, by the full schedule", (0.06,), 0, 1, FineScreener))
+    lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 0, 1, OwnControl))
     lines += [guided_line(pipe, rows, steps=25), full_line(pipe, rows)]
     chosen = measure(QuickScreener.make(pipe, MODEL, batch_size=BATCH), rows, range(CHOICE_SEEDS))
     reports = {
@@ -141,7 +141,9 @@ def main() -> None:
     result = {
         "settings": {"steps": MODEL.steps, "seeds": list(SEEDS), "seeds_of_the_choice": CHOICE_SEEDS},
         "tune": lines,
-        "choice": {key: json.loads(guard_to_json(QUICK))[key] for key in ("observe_at", "probes", "detector")},
+        "choice": {
+            key: json.loads(guard_to_json(QUICK))[key] for key in ("observe_at", "probes", "other_seeds", "detector")
+        },
         "least_threshold": round(chosen.least_threshold(), 4),
         "chosen": chosen.line(threshold),
         **reports,
@@ -174,31 +176,36 @@ def look_line(
     way: str,
     observe_at: tuple[float, ...],
     probes: int,
+    other_seeds: int,
     kind: type[QuickScreener] = QuickScreener,
-    detector: Any = QUICK.detector,
 ) -> dict[str, Any]:
-    guard = replace(QUICK, observe_at=observe_at, probes=probes, detector=detector)
+    guard = replace(QUICK, observe_at=observe_at, probes=probes, other_seeds=other_seeds)
     measured = measure(kind.make(pipe, MODEL, batch_size=BATCH, guard=guard), rows, SEEDS)
-    line = {"way": way, "observe_at": observe_at, "probes": probes, **measured.line(measured.least_threshold())}
+    asked = {"observe_at": observe_at, "probes": probes, "other_seeds": other_seeds}
+    line = {"way": way, **asked, **measured.line(measured.least_threshold())}
     print(line, flush=True)
     return line
 
 
 def guided_line(pipe: Any, rows: list[PromptTruth], *, steps: int) -> dict[str, Any]:
     """(d) the first two steps of a coarse schedule, guided; of the first step's two lanes, the control's is shared."""
-    guard = replace(Guard(), observe_at=(0.0, 1 / steps), probes=1)
-    way = {"way": "d: two guided steps", "observe_at": f"steps 0 and 1 of {steps}", "probes": 1}
+    guard = replace(Guard(), observe_at=(0.0, 1 / steps))
+    way = {"way": "d: two guided steps", "observe_at": f"steps 0 and 1 of {steps}", **asked_in_doubt(guard)}
     return with_sampling(way, sample(pipe, rows, guard, num_inference_steps=steps), lanes=3)
 
 
 def full_line(pipe: Any, rows: list[PromptTruth]) -> dict[str, Any]:
     """The guard's own way to its first decision."""
     guard = Guard()
-    way = {"way": "guard's first decision, full schedule", "observe_at": guard.observe_at, "probes": guard.probes}
+    way = {"way": "guard's first decision, full schedule", "observe_at": guard.observe_at, **asked_in_doubt(guard)}
     measured = sample(pipe, rows, guard, num_inference_steps=MODEL.steps)
     timesteps = pipe.scheduler.timesteps.tolist()
     decided = guard.steps(len(timesteps), first_clear_step(pipe.scheduler, timesteps))[-1]
     return with_sampling(way, measured, lanes=2 * (decided + 1))
+
+
+def asked_in_doubt(guard: Guard) -> dict[str, int]:
+    return {"probes": guard.probes, "other_seeds": guard.other_seeds}
 
 
 def with_sampling(way: dict[str, Any], measured: Measured, *, lanes: int) -> dict[str, Any]:

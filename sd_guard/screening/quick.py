@@ -47,14 +47,14 @@ from sd_guard.statistics.seed_agreement import other_noise, other_places, seed_a
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
-# Chosen on `tune` rows: the level on the bundled checkpoint, by AUROC and lanes; the rest on four, each prompt at 12
-# seeds. At the threshold 0.2 % of the bundled checkpoint's novel images are flagged, 3 % of the fourth's and fifth's.
+# Chosen on `tune` rows: the level on the bundled checkpoint, by AUROC and lanes; the rest on six, each prompt at six
+# seeds. There a LID probe added nothing to what another seed says.
 QUICK: Final = Guard(
     observe_at=(0.06,),
     look_again_at=(),
-    probes=1,
-    other_seeds=0,
-    detector=PrematureDetail(threshold=-0.15, doubt=(-0.4, 0.1), lid_weight=10.0),
+    probes=0,
+    other_seeds=1,
+    detector=PrematureDetail(threshold=-0.15, agreement_weight=1.5, ordinary_agreement=0.5),
 )
 FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
 KEPT_SEEDS: Final = 8  # whose controls are kept from one batch to the next
