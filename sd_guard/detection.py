@@ -50,7 +50,7 @@ class PrematureDetail:
     All but the last are relative to the model's own unconditional prediction at the same latent, so that the threshold
     needs no calibration. The free part is the mean over steps of the log of the detail that the prompt adds, over that
     of the prediction without it and of finished pictures (`added_detail`). Where it is in doubt, two more are measured:
-    ``agreement_weight * (seed_agreement - ordinary_agreement)``, whether another seed shows the same picture, and
+    ``agreement_weight * excess_agreement``, whether another seed shows the same picture, and
     ``lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)``, the width that the prompt takes from the posterior. No
     score in doubt falls below the range, where those lie that were not measured. Which images are in doubt depends on
     neither the threshold nor what is measured, so that scores stay exchangeable when a calibration moves the threshold.
@@ -65,7 +65,6 @@ class PrematureDetail:
         lid_weight: weight of the LID deficit, a share of the latent dimension.
         ordinary_deficit: the share that speaks for neither side.
         agreement_weight: weight of the agreement with other seeds.
-        ordinary_agreement: the agreement that speaks for neither side.
         persistence_weight: weight of the excess persistence, where it is positive; at least 0.
         persistence_limit: what all later looks together may add; at least 0.
 
@@ -73,12 +72,11 @@ class PrematureDetail:
         ValueError: a threshold that is NaN, or a weight by which a later look could lower a score.
     """
 
-    threshold: float = -0.2
-    doubt: tuple[float, float] = (-0.5, 0.3)
+    threshold: float = -0.15
+    doubt: tuple[float, float] = (-0.6, 0.3)
     lid_weight: float = 5.0
     ordinary_deficit: float = 0.005
-    agreement_weight: float = 1.0
-    ordinary_agreement: float = 0.55
+    agreement_weight: float = 1.5
     persistence_weight: float = 4.0
     persistence_limit: float = 0.3
 
@@ -115,8 +113,8 @@ class PrematureDetail:
         if "trajectory_lid" in values:
             closed = (values["trajectory_lid_control"] - values["trajectory_lid"]) / seen.dimension
             says = says.to(closed) + self.lid_weight * (closed - self.ordinary_deficit)
-        if "seed_agreement" in values:
-            says = self.agreement_weight * (values["seed_agreement"] - self.ordinary_agreement) + says
+        if "excess_agreement" in values:
+            says = self.agreement_weight * values["excess_agreement"] + says
         return says
 
     def _added(self, observations: Sequence[Observation]) -> Tensor:

@@ -18,7 +18,7 @@ from sd_guard.noise import Prediction, PredictionType, interpret
 from sd_guard.statistics.base import Denoiser, StepCall
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import probe_products, trajectory_lid
-from sd_guard.statistics.seed_agreement import OTHER_SEED_LANES, predict_from_other_seed, seed_agreement
+from sd_guard.statistics.seed_agreement import OTHER_SEED_LANES, excess_agreement, predict_from_other_seed
 from sd_guard.statistics.sharpness import added_detail, detail, excess_persistence
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
@@ -29,10 +29,10 @@ STATISTICS: Mapping[str, tuple[str, str]] = {
     "cfg_norm": ("noisy", "conditional-control"),
     "trajectory_lid": ("noisy", "conditional"),
     "trajectory_lid_control": ("noisy", "control"),
-    "seed_agreement": ("noisy", "conditional-control"),
+    "excess_agreement": ("noisy", "conditional-control"),
     "excess_persistence": ("noisy", "conditional"),  # since the deciding step
 }
-PROBED = ("trajectory_lid", "trajectory_lid_control", "seed_agreement")  # those that cost lanes
+PROBED = ("trajectory_lid", "trajectory_lid_control", "excess_agreement")  # those that cost lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def probe(
         control, conditional = _lids(call, model, rows, probes)
         measured |= {"trajectory_lid_control": control, "trajectory_lid": conditional}
     if other_seeds:
-        measured["seed_agreement"] = _agreement(call, model, rows, other_seeds)
+        measured["excess_agreement"] = _agreement(call, model, rows, other_seeds)
     return add_probed(seen, measured, rows, lanes_in_doubt(probes, other_seeds))
 
 
@@ -188,7 +188,7 @@ def _lids(call: StepCall, model: Denoiser, rows: Sequence[int], probes: int) -> 
 
 
 def _agreement(call: StepCall, model: Denoiser, rows: Sequence[int], other_seeds: int) -> Tensor:
-    """(N,) mean agreement of N rows with what their prompts show from other noise."""
+    """(N,) mean excess agreement of N rows with what their prompts show from other noise."""
     index = torch.tensor(list(rows), device=call.x.device)
     lanes = call.lanes.select(index + call.x.shape[0])
     with_prompt, without = (prediction.x0_hat[index] for prediction in _predictions(call, model.prediction_type))
@@ -196,7 +196,7 @@ def _agreement(call: StepCall, model: Denoiser, rows: Sequence[int], other_seeds
         predict_from_other_seed(model, lanes, call.x[index], [model.seeds[row] for row in rows], number)
         for number in range(other_seeds)
     ]
-    return torch.stack([seed_agreement(with_prompt, without, other) for other in others]).mean(0)
+    return torch.stack([excess_agreement(with_prompt, without, other, call.level) for other in others]).mean(0)
 
 
 def _predictions(call: StepCall, prediction_type: PredictionType) -> tuple[Prediction, Prediction]:

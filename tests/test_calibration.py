@@ -236,7 +236,7 @@ def test_twice_as_many_benign_images_where_memorized_ones_choose() -> None:
 
 SCORING = {
     **{"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009},
-    **{"agreement_weight": 3.0, "ordinary_agreement": 0.4},
+    "agreement_weight": 3.0,
     "persistence_weight": 5.0,
     "persistence_limit": 0.5,
 }

@@ -70,9 +70,9 @@ def test_the_score_is_the_mean_ratio_and_the_weighted_deficit_of_those_probed() 
 
 def test_agreement_with_another_seed_moves_those_in_doubt() -> None:
     """Up or down, and not below the range of doubt, where nothing was measured."""
-    detector = PrematureDetail(doubt=(-0.5, 0.3), agreement_weight=2.0, ordinary_agreement=0.6)
+    detector = PrematureDetail(doubt=(-0.5, 0.3), agreement_weight=2.0)
     last = free([-0.4, -0.1, 0.2, 0.9])[0]
-    values = {**last.values, "seed_agreement": torch.tensor([0.0, 0.5, 0.9, 0.0])}
+    values = {**last.values, "excess_agreement": torch.tensor([-0.6, -0.1, 0.3, -0.6])}
     score = detector.score([replace(last, values=values, probed=(0, 1, 2))])
     torch.testing.assert_close(score, torch.tensor([-0.5, -0.1 - 0.2, 0.2 + 0.6, 0.9]), rtol=0, atol=1e-6)
 
@@ -176,7 +176,7 @@ def test_a_probe_that_is_not_finite_is_never_a_pass(name: str, value: float) -> 
 
     def spoilt(rows: Sequence[int]) -> Observation:
         probed = with_lids(observations[-1], rows, torch.zeros(3))
-        values = {**probed.values, "seed_agreement": torch.full((3,), detector.ordinary_agreement + 0.1)}
+        values = {**probed.values, "excess_agreement": torch.full((3,), 0.1)}
         return replace(probed, values={**values, name: values[name].index_fill(0, torch.tensor([1]), value)})
 
     detector, observations = DETECTOR, free([0.0, 0.3, 0.3])

@@ -10,7 +10,7 @@ against a fine schedule. `benchmarks/quick.py` measures this, and what else was 
 
 Scores are the detector's, on a scale of their own: all prompts of a seed share its control, whose detail then tells no
 prompt from another, but seeds apart. So `added_detail` is relative to what the controls of a few fixed seeds have on
-average, and quick depth has a threshold and a range of doubt of its own. It refuses a calibration of full depth; a
+average, and quick depth has a range of doubt of its own. It refuses a calibration of full depth; a
 `Calibrator` makes one from `QuickScreener.measure`, best at the seeds to be screened.
 """
 
@@ -43,18 +43,18 @@ from sd_guard.screening.settings import ModelSettings
 from sd_guard.snapshots import copy_scheduler
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.lid import probe_products, trajectory_lid
-from sd_guard.statistics.seed_agreement import other_noise, other_places, seed_agreement, step_down
+from sd_guard.statistics.seed_agreement import excess_agreement, other_noise, other_places, step_down
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
-# Chosen on `tune` rows: the level on the bundled checkpoint, by AUROC and lanes; the rest on six, each prompt at six
-# seeds. There a LID probe added nothing to what another seed says.
+# Chosen on `tune` rows: the level on the bundled checkpoint, by AUROC and lanes; that a LID probe adds nothing to what
+# another seed says, on six, each prompt at six seeds.
 QUICK: Final = Guard(
     observe_at=(0.06,),
     look_again_at=(),
     probes=0,
     other_seeds=1,
-    detector=PrematureDetail(threshold=-0.15, agreement_weight=1.5, ordinary_agreement=0.5),
+    detector=PrematureDetail(doubt=(-0.5, 0.3)),
 )
 FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
 KEPT_SEEDS: Final = 8  # whose controls are kept from one batch to the next
@@ -316,11 +316,11 @@ class QuickScreener:
             lid = self._lid(call.x[index], call.conditional[index], texts, [seeds[row] for row in rows])
             measured |= {"trajectory_lid_control": control.lid[index], "trajectory_lid": lid}
         if guard.other_seeds:
-            measured["seed_agreement"] = self._agreement(call, control.others, texts, index)
+            measured["excess_agreement"] = self._agreement(call, control.others, texts, index)
         return add_probed(seen, measured, rows, guard.probes + guard.other_seeds)
 
     def _agreement(self, call: StepCall, others: Tensor, texts: Tensor, index: Tensor) -> Tensor:
-        """(N,) mean agreement with the other seeds."""
+        """(N,) mean excess agreement with the other seeds."""
         kind, seen = prediction_type(self.pipe), self._other_places()[1]
         assert call.control is not None
         with_prompt, without = (
@@ -328,7 +328,7 @@ class QuickScreener:
             for output in (call.conditional, call.control)
         )
         shown = [interpret(self._evaluate(x, seen, texts), x, seen.level, kind).x0_hat for x in others[index].unbind(1)]
-        return torch.stack([seed_agreement(with_prompt, without, other) for other in shown]).mean(0)
+        return torch.stack([excess_agreement(with_prompt, without, other, call.level) for other in shown]).mean(0)
 
     def _lid(self, x: Tensor, output: Tensor, texts: Tensor, seeds: Sequence[int]) -> Tensor:
         """(N,) trajectory LID at the last observed step, mean over the probes, which are those of full depth."""

@@ -8,6 +8,7 @@ prompt, from noise that it has not seen, at a level where ordinary pictures have
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -24,6 +25,9 @@ from sd_guard.statistics.sharpness import persistence
 # did hardly worse.
 SEEN_SIGMA: Final = 5.0
 OTHER_SEED_LANES: Final = 2
+# What ordinary pictures agree by at most, nearly all: more from a noise level on where the prediction is little but the
+# mean of what the prompt can mean, which is no seed's own. Chosen on `tune` rows of the same six.
+_ORDINARY, _ORDINARY_A_FOLD, _ORDINARY_UP_TO = 0.5, 0.1, 10.0
 
 
 class OtherPlaces(NamedTuple):
@@ -90,9 +94,19 @@ def seed_agreement(x0_hat: Tensor, x0_hat_control: Tensor, other: Tensor) -> Ten
         other: (B, C, H, W) conditional prediction from other noise.
 
     Returns:
-        (B,) float32 or better in [-1, 1]; 0.6 and more for memorized pictures, less for nearly all others.
+        (B,) float32 or better in [-1, 1]; 0.5 and more for memorized pictures, less for most others.
     """
     return persistence(x0_hat.float() - x0_hat_control.float(), other)
+
+
+def excess_agreement(x0_hat: Tensor, x0_hat_control: Tensor, other: Tensor, level: NoiseLevel) -> Tensor:
+    """`seed_agreement` above what is ordinary for a prediction at `level`.
+
+    Returns:
+        (B,) float32 or better in [-2, 1]; positive for memorized pictures.
+    """
+    folds = math.log(max(level.sigma / _ORDINARY_UP_TO, 1.0))
+    return seed_agreement(x0_hat, x0_hat_control, other) - (_ORDINARY + _ORDINARY_A_FOLD * folds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

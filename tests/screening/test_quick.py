@@ -26,7 +26,7 @@ from sd_guard.screening.calibrating import score_prompts
 from sd_guard.screening.jobs import Job
 from sd_guard.screening.quick import FLAGGED, GROUND_SEEDS, KEPT_SEEDS, QuickScreener
 from sd_guard.screening.settings import ModelSettings
-from sd_guard.statistics.seed_agreement import other_noise, other_places, seed_agreement, step_down
+from sd_guard.statistics.seed_agreement import excess_agreement, other_noise, other_places, step_down
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL
 
 MODEL = ModelSettings(model="tiny/random", steps=8)
@@ -131,7 +131,7 @@ def test_another_seed_costs_one_lane_and_shows_what_the_prompt_brings(
     records = screener.measure(PROMPTS, seeds)
     with CountLanes(screener.pipe.unet) as again:
         assert screener.measure(PROMPTS, seeds) == records
-    compared = [(1, "seed_agreement") in values(record) for record in records]
+    compared = [(1, "excess_agreement") in values(record) for record in records]
     assert sum(compared) == 3
     assert [record.extra_lanes for record in records] == [3 if doubtful else 1 for doubtful in compared]
     assert len(again.shapes) == 2 + 2
@@ -150,8 +150,8 @@ def test_another_seed_costs_one_lane_and_shows_what_the_prompt_brings(
     shown, without = (
         interpret(each, control.x[:, 0], place.level, "epsilon").x0_hat for each in (output, control.output[:, 0])
     )
-    expected = torch.stack([seed_agreement(shown, without, other) for other in found]).mean()
-    assert values(records[row])[1, "seed_agreement"] == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+    expected = torch.stack([excess_agreement(shown, without, other, place.level) for other in found]).mean()
+    assert values(records[row])[1, "excess_agreement"] == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
 
 
 def test_levels_are_averaged_and_no_probe_is_spent_where_none_is_allowed(pipe: Any) -> None:

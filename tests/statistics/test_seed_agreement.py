@@ -11,6 +11,7 @@ from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.statistics.seed_agreement import (
     SEEN_SIGMA,
     SeedAgreement,
+    excess_agreement,
     other_noise,
     other_places,
     predict_from_other_seed,
@@ -101,6 +102,16 @@ def test_rows_do_not_see_each_other(row):
     whole = SeedAgreement().measure(call, denoiser_of(pipe, SEEDS))
     alone = SeedAgreement().measure(*on_its_own(call, pipe, row))
     torch.testing.assert_close(alone, whole[row : row + 1])
+
+
+def test_more_is_ordinary_of_what_is_seen_through_more_noise():
+    x0_hat, other, nothing = noise(3, 0, SHAPE), noise(3, 1, SHAPE), torch.zeros(3, *SHAPE)
+    agreed = seed_agreement(x0_hat, nothing, other)
+    low, high, highest = (
+        agreed - excess_agreement(x0_hat, nothing, other, NoiseLevel.from_sigma(sigma)) for sigma in (2.0, 20.0, 200.0)
+    )
+    assert (low < high).all()
+    torch.testing.assert_close(highest - high, torch.full((3,), 0.1 * math.log(10), dtype=torch.float64))
 
 
 def test_broken_predictions_stay_alone_and_unscored():
