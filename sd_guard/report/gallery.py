@@ -26,7 +26,7 @@ MAX_GROUPS: Final = 30  # of near-duplicate prompts
 MAX_MEMBERS: Final = 20  # prompts shown of a group
 WALL_SIDE: Final = 128
 THUMB_SIDE: Final = 64
-BY_STEP: Final = ("added_detail", "trajectory_lid")  # the two halves of the default detector's score
+BY_STEP: Final = ("added_detail", "trajectory_lid")  # of what the default detector's score is made of
 TINTS: Final = 5
 _BAND_ROWS: Final = 2_000
 

@@ -195,6 +195,7 @@ def test_benign_scores_of_the_runs_own_calibration_are_shown(tmp_path: Path) -> 
         observe_at=(0.1,),
         look_again_at=(),
         probes=2,
+        other_seeds=0,
         thresholds={3: 0.5},
         detector={},
         benign_scores=(-1.0, 0.0, 0.75),

@@ -27,6 +27,7 @@ GUARD = Guard(
     look_again_at=(0.5,),
     observe_at=(0.13, 0.25),
     probes=1,
+    other_seeds=1,
     detector=PrematureDetail(threshold=-math.inf, doubt=(-math.inf, math.inf)),
 )
 BENIGN = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat", "ring")]
@@ -95,7 +96,9 @@ def test_scores_are_those_of_whole_calls_at_a_fraction_of_them(make: Any, monkey
     monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: pytest.fail("decoded"))
     with CountLanes(pipe.unet) as counted:
         records = score_prompts(pipe, prompts, [7, 8], **arguments)
-    assert counted.rows == 2 * (2 * 5 + 2)  # two lanes at steps 0 to 4, the second look, and one probe in two lanes
+    assert counted.rows == 2 * (
+        2 * 5 + 4
+    )  # two lanes at steps 0 to 4, the second look; a probe and another seed in two
     for record, expected in zip(records, whole, strict=True):
         assert record.statistics == expected.statistics
         assert record.score == expected.score
@@ -120,7 +123,7 @@ def test_who_is_probed_does_not_depend_on_the_threshold(make: Any) -> None:
     inside = [ordered[0] < record.score < ordered[3] for record in free]
     assert sum(inside) == 2
     first, rows = scored(-math.inf, doubt)
-    assert rows == plain + 2 * 2
+    assert rows == plain + 2 * GUARD.lanes_in_doubt
     for threshold in (ordered[1], math.inf):
         records, _ = scored(threshold, doubt)
         assert [r.score for r in records] == [r.score for r in first]
@@ -128,7 +131,7 @@ def test_who_is_probed_does_not_depend_on_the_threshold(make: Any) -> None:
     for record, before, doubtful in zip(first, free, inside, strict=True):
         assert any("lid" in value.name for value in record.statistics) == doubtful
         assert (record.score != before.score) == doubtful
-        assert record.extra_lanes == 2 * doubtful
+        assert record.extra_lanes == GUARD.lanes_in_doubt * doubtful
 
 
 def test_a_call_after_an_early_end_is_whole_again(make: Any) -> None:
