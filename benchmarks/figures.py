@@ -29,6 +29,11 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
+def revision(name: str) -> str:
+    """Of the code that wrote a result file."""
+    return load(name)["provenance"]["git"]
+
+
 def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """A Markdown table."""
     lines = [header, tuple("---" for _ in header), *rows]
@@ -257,8 +262,8 @@ def mitigation_tables() -> list[str]:
     lines: list[str] = []
     for name, (ending, _) in MAKES.items():
         result = load(f"mitigation{ending}")
-        revision, stream = result["provenance"]["git"], result["stream_of_5_percent"]
-        lines += [f"{name.capitalize()} checkpoint ({stream:.3f} times; {revision}):", mitigation_table(result)]
+        written, stream = result["provenance"]["git"], result["stream_of_5_percent"]
+        lines += [f"{name.capitalize()} checkpoint ({stream:.3f} times; {written}):", mitigation_table(result)]
     return lines
 
 
@@ -280,8 +285,9 @@ def figures() -> str:
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
             "bundled checkpoint and some of it of the next five, too. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
-            "raw numbers with revision and versions in `benchmarks/results/`. All is of today's detector and plan, "
-            "but for what says otherwise.",
+            "raw numbers with revision and versions in `benchmarks/results/`. What names no revision is of today's "
+            "detector and plan. What names one from before 9f4c243 is of an earlier detector, which held no image "
+            "against another seed.",
             f"*The reference.* {percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(truth['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(truth['reads_as_caption']['novel'])} of novel images read as their caption.",
@@ -294,7 +300,7 @@ def figures() -> str:
             "the steps, and with three, before the looks of today were chosen on `tune` rows. "
             f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
             "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
-            f"mean of 200 random halves: {conformal(load('conformal'))}.",
+            f"mean of 200 random halves: {conformal(load('conformal'))} ({revision('conformal')}).",
             "*A second checkpoint* (v-prediction, linear betas, another world; `benchmarks/reference/second`, in no "
             "wheel), same default. Two things were changed by looking at it: a plain picture counts as settled only by "
             "the detail that it has now, since a look at 50 % of the steps had flagged 56 % of its plain images; "
@@ -352,13 +358,13 @@ def figures() -> str:
             "autoencoder, 6,000 training steps where the others have 10,000; `benchmarks/reference/seventh`, in no "
             "wheel) was trained while that was done; its `report` rows were run once, when all was settled, and "
             f"nothing was chosen by it. {percent(new['verbatim']['copies_before'])} of its verbatim images are copies, "
-            f"{percent(new['template']['copies_before'])} of its templates have the fixed part. The guard, and all "
-            "others:",
+            f"{percent(new['template']['copies_before'])} of its templates have the fixed part. The guard, and "
+            "those of the others that cost little:",
             detection_table(seventh),
             f"With a higher AUROC than the guard by then: {above(seventh)}. Flagged: {flagged(seventh)}; of the images "
             f"that reproduce a verbatim source, {percent(new['verbatim']['flagged_of_copies'])}.",
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
-            "checkpoint.",
+            f"checkpoint ({revision('sweep')}).",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand. The seeds and rows of the first six were seen before, by earlier "
@@ -375,12 +381,15 @@ def figures() -> str:
             f"{load('mitigations_tune')['provenance']['git']}; up to 7ff6bca, the search for words did not look for "
             "other memories.",
             mitigations_table(load("mitigations"), load("mitigations_tune")),
-            f"*Explanation*: a rare word is named first by {attribution(load('attribution'))}.",
+            f"*Explanation*: a rare word is named first by {attribution(load('attribution'))} "
+            f"({revision('attribution')}).",
             "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
-            "that is flagged:",
+            f"that is flagged ({revision('evasion')}):",
             evasion_table(load("evasion")),
-            f"*Screening*: {screening(load('screening'), load('quick'))}",
-            f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed}.",
+            f"*Screening*: {screening(load('screening'), load('quick'))} ({revision('screening')}; quick depth "
+            f"{revision('quick')}.)",
+            f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed} "
+            f"({revision('overhead')}).",
         )
     )
 
