@@ -135,7 +135,7 @@ def test_a_run_says_what_was_found_or_that_nothing_could_be(tmp_path: Path) -> N
     """Also of a run that lies above its calibration as a whole, which no test can tell from a memorized one."""
     benign = tuple(np.linspace(-1.0, 1.0, 200).tolist())
     fingerprint = Fingerprint("m", "DDIM", 50, "7.5", "float32")
-    Calibration(fingerprint, 0.1, 200, (0.1,), (), 1, {5: 0.8}, {}, benign).save(tmp_path / "c.json")
+    Calibration(fingerprint, 0.1, 200, (0.1,), (), 1, 0, {5: 0.8}, {}, benign).save(tmp_path / "c.json")
 
     def warning(scores: list[float]) -> str | None:
         rows = [
