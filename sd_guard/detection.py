@@ -56,8 +56,9 @@ class PrematureDetail:
     neither the threshold nor what is measured, so that scores stay exchangeable when a calibration moves the threshold.
     Later looks at the same trajectory add `persistence_weight` times each positive `excess_persistence`, all together
     `persistence_limit` at most: faint and almost plain memories add little detail, but they are settled, and stay so.
-    How settled ordinary pictures are differs between models, so that nothing is flagged for that alone, nor without
-    having been held against another seed. The numbers were chosen on `tune` rows of six reference checkpoints.
+    How settled ordinary pictures are differs between models, so that nothing is flagged for that alone: it lifts no
+    image over the default threshold that was not in doubt before. The numbers were chosen on `tune` rows of six
+    reference checkpoints.
 
     Attributes:
         threshold: scores above it are flagged.
@@ -109,12 +110,12 @@ class PrematureDetail:
 
     def _probed(self, seen: Observation) -> Tensor:
         """(B,) what was measured in doubt says beyond the free part; means nothing for images that were not."""
-        values, says = seen.values, torch.zeros(())
+        values, says = seen.values, torch.zeros_like(seen.values["added_detail"])
         if "trajectory_lid" in values:
             closed = (values["trajectory_lid_control"] - values["trajectory_lid"]) / seen.dimension
-            says = says.to(closed) + self.lid_weight * (closed - self.ordinary_deficit)
+            says = says + self.lid_weight * (closed - self.ordinary_deficit)
         if "excess_agreement" in values:
-            says = self.agreement_weight * values["excess_agreement"] + says
+            says = says + self.agreement_weight * values["excess_agreement"]
         return says
 
     def _added(self, observations: Sequence[Observation]) -> Tensor:
