@@ -49,13 +49,13 @@ SEEDS = range(8, 13)  # of the candidates
 CHOICE_SEEDS = 16  # more, since all prompts of a seed lie higher or lower together
 REPORT_SEED = 50_000
 LOOKS = (  # candidate: shares of the schedule, probes, other seeds
-    ("a: first latent", (0.0,), 0, 1),
-    *(("b: latent without a prompt", (share,), 0, 1) for share in (0.02, 0.04, 0.06, 0.1, 0.2)),
+    ("a: first latent", (0.0,), 0, 2),
+    *(("b: latent without a prompt", (share,), 0, 2) for share in (0.02, 0.04, 0.06, 0.1, 0.2)),
     ("b: latent without a prompt", (0.06,), 0, 0),
     ("b: latent without a prompt", (0.06,), 1, 0),
-    ("b: latent without a prompt", (0.06,), 1, 1),
-    ("b: latent without a prompt", (0.06,), 0, 2),
-    ("c: two levels", (0.02, 0.06), 0, 1),
+    ("b: latent without a prompt", (0.06,), 0, 1),
+    ("b: latent without a prompt", (0.06,), 1, 2),
+    ("c: two levels", (0.02, 0.06), 0, 2),
 )
 Table = list[list[GuardRecord]]  # by seed, then prompt
 
@@ -126,8 +126,8 @@ def main() -> None:
     threshold = QUICK.detector.threshold
     pipe, rows = load(checkpoint_path()), rows_of("tune", checkpoint_path())
     lines = [look_line(pipe, rows, *look) for look in tqdm(LOOKS)]
-    lines.append(look_line(pipe, rows, "b, by the full schedule", (0.06,), 0, 1, FineScreener))
-    lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 0, 1, OwnControl))
+    lines.append(look_line(pipe, rows, "b, by the full schedule", (0.06,), 0, 2, FineScreener))
+    lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 0, 2, OwnControl))
     lines += [guided_line(pipe, rows, steps=25), full_line(pipe, rows)]
     chosen = measure(QuickScreener.make(pipe, MODEL, batch_size=BATCH), rows, range(CHOICE_SEEDS))
     reports = {

@@ -264,7 +264,7 @@ def observations_of(record: GuardRecord) -> list[Observation]:
     for statistic in record.statistics:
         steps.setdefault(statistic.step, {})[statistic.name] = torch.tensor([statistic.value])
     return [
-        Observation(step, record.dimension, values, (0,), probed=(0,) if values.keys() & set(PROBED) else ())
+        Observation(step, record.dimension, values, (0,), probed={name: (0,) for name in PROBED if name in values})
         for step, values in sorted(steps.items())
     ]
 

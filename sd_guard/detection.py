@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sd_guard.observation import Observation
+from sd_guard.observation import Observation, Question
 
 Verdict = Literal["pass", "flag", "unscored"]
 
@@ -32,7 +32,7 @@ class Detector(Protocol):
         ...
 
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:
-        """(B,) bool: where probes at the last step are worth their lanes. Says so by the free statistics alone."""
+        """(B,) bool: where the next question about the last step is worth its lanes, after the answers so far."""
         ...
 
 
@@ -49,20 +49,21 @@ class PrematureDetail:
 
     All but the last are relative to the model's own unconditional prediction at the same latent, so that the threshold
     needs no calibration. The free part is the mean over steps of the log of the detail that the prompt adds, over that
-    of the prediction without it and of finished pictures (`added_detail`). Where it is in doubt, two more are measured:
-    ``agreement_weight * excess_agreement``, whether another seed shows the same picture, and
-    ``lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)``, the width that the prompt takes from the posterior. No
-    score in doubt falls below the range, where those lie that were not measured. Which images are in doubt depends on
-    neither the threshold nor what is measured, so that scores stay exchangeable when a calibration moves the threshold.
-    Later looks at the same trajectory add `persistence_weight` times each positive `excess_persistence`, all together
-    `persistence_limit` at most: faint and almost plain memories add little detail, but they are settled, and stay so.
-    How settled ordinary pictures are differs between models, so that nothing is flagged for that alone: it lifts no
-    image over the default threshold that was not in doubt before. The numbers were chosen on `tune` rows of six
-    reference checkpoints.
+    of the prediction without it and of finished pictures (`added_detail`). Above `doubt` it proves nothing yet: a
+    sequential test asks whether another seed shows the same picture, ``agreement_weight * excess_agreement``, and where
+    the score is then still `undecided`, a further seed, and for the width that the prompt takes from the posterior,
+    ``lid_weight * ((LID_u - LID_c) / D - ordinary_deficit)``. No score that was asked for falls below `doubt`, where
+    those lie that were not. Which images are asked depends on no threshold, so that scores stay exchangeable when a
+    calibration moves it. Later looks at the same trajectory add `persistence_weight` times each positive
+    `excess_persistence`, all together `persistence_limit` at most: faint and almost plain memories add little detail,
+    but they are settled, and stay so. How settled ordinary pictures are differs between models, so that nothing is
+    flagged for that alone: it lifts no image over the default threshold that was not in doubt before. The numbers were
+    chosen on `tune` rows of seven reference checkpoints.
 
     Attributes:
         threshold: scores above it are flagged.
-        doubt: the free part, lowest and highest, between which an image is in doubt.
+        doubt: the free part above which an image is in doubt.
+        undecided: the score, lowest and highest, between which one answer does not decide.
         lid_weight: weight of the LID deficit, a share of the latent dimension.
         ordinary_deficit: the share that speaks for neither side.
         agreement_weight: weight of the agreement with other seeds.
@@ -73,11 +74,12 @@ class PrematureDetail:
         ValueError: a threshold that is NaN, or a weight by which a later look could lower a score.
     """
 
-    threshold: float = -0.15
-    doubt: tuple[float, float] = (-0.6, 0.3)
+    threshold: float = -0.05
+    doubt: float = -0.7
+    undecided: tuple[float, float] = (-0.3, 0.6)
     lid_weight: float = 5.0
     ordinary_deficit: float = 0.005
-    agreement_weight: float = 1.5
+    agreement_weight: float = 2.5
     persistence_weight: float = 4.0
     persistence_limit: float = 0.3
 
@@ -94,26 +96,28 @@ class PrematureDetail:
         """(B,) scores."""
         score, last = self._added(observations), observations[-1]
         if last.probed:
-            rows = torch.tensor(last.probed, device=score.device)
             moved = score + self._probed(last)
-            moved = moved.clamp(min=self.doubt[0]).where(moved.isfinite(), moved)  # what is not finite stays unscored
-            score = score.index_copy(0, rows, moved[rows])
+            moved = moved.clamp(min=self.doubt).where(moved.isfinite(), moved)  # what is not finite stays unscored
+            score = moved.where(_asked(last), score)
         if later:
             settled = torch.stack([look.values["excess_persistence"] for look in later]).clamp(min=0.0)
             score = score + (self.persistence_weight * settled.sum(0)).clamp(max=self.persistence_limit)
         return score
 
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:
-        """(B,) whether the free part lies within `doubt`."""
-        added = self._added(observations)
-        return (added > self.doubt[0]) & (added < self.doubt[1])
+        """(B,) whether the free part lies above `doubt`, or with an answer, whether the score is still `undecided`."""
+        if not observations[-1].probed:
+            return self._added(observations) > self.doubt
+        score, (lowest, highest) = self.score(observations), self.undecided
+        return _asked(observations[-1]) & (score > lowest) & (score < highest)
 
     def _probed(self, seen: Observation) -> Tensor:
-        """(B,) what was measured in doubt says beyond the free part; means nothing for images that were not."""
+        """(B,) what the answers say beyond the free part: 0 for images that were not asked."""
         values, says = seen.values, torch.zeros_like(seen.values["added_detail"])
         if "trajectory_lid" in values:
             closed = (values["trajectory_lid_control"] - values["trajectory_lid"]) / seen.dimension
-            says = says + self.lid_weight * (closed - self.ordinary_deficit)
+            deficit = self.lid_weight * (closed - self.ordinary_deficit)
+            says = says + deficit.where(_rows(seen, "trajectory_lid"), 0.0)
         if "excess_agreement" in values:
             says = says + self.agreement_weight * values["excess_agreement"]
         return says
@@ -122,25 +126,44 @@ class PrematureDetail:
         return torch.stack([seen.values["added_detail"] for seen in observations]).mean(0)
 
 
+def _rows(seen: Observation, *names: str) -> Tensor:
+    """(B,) bool: the images that any of these was measured of."""
+    rows = {row for name in names for row in seen.probed.get(name, ())}
+    mask = [row in rows for row in range(len(seen.lanes))]
+    return torch.tensor(mask, device=seen.values["added_detail"].device)
+
+
+def _asked(seen: Observation) -> Tensor:
+    return _rows(seen, *seen.probed)
+
+
 DETECTORS: dict[str, type[Detector]] = {"premature_detail": PrematureDetail}
 
 
 def decide(
-    detector: Detector, observations: Sequence[Observation], probe: Callable[[Sequence[int]], Observation] | None
+    detector: Detector,
+    observations: Sequence[Observation],
+    questions: Sequence[Question],
+    ask: Callable[[Observation, Sequence[int], Question], Observation],
 ) -> tuple[list[Observation], list[float]]:
-    """Scores a trajectory, and asks for probes where the free statistics leave doubt: one host synchronisation without.
+    """Scores a trajectory, and asks one question after the other about those images that stay in doubt.
+
+    One host synchronisation where none is in doubt, and one more a question where some are.
 
     Args:
         detector: decides.
         observations: free statistics of the trajectory's steps.
-        probe: rows to the last observation with their LID; None allows no probes.
+        questions: in their order; none decides by the free statistics.
+        ask: the last observation, rows and a question to the observation with the answers.
 
     Returns:
-        The observations, probed where needed, and B scores.
+        The observations, with the answers, and B scores.
     """
-    scores, doubt = torch.stack([detector.score(observations), detector.in_doubt(observations).float()]).tolist()
-    rows = [row for row, doubtful in enumerate(doubt) if doubtful]
-    if probe is None or not rows:
-        return list(observations), scores
-    probed = [*observations[:-1], probe(rows)]
-    return probed, detector.score(probed).tolist()
+    seen = list(observations)
+    for question in questions:
+        scores, doubt = torch.stack([detector.score(seen), detector.in_doubt(seen).float()]).tolist()
+        rows = [row for row, doubtful in enumerate(doubt) if doubtful]
+        if not rows:
+            return seen, scores
+        seen[-1] = ask(seen[-1], rows, question)
+    return seen, detector.score(seen).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_guard.detection import Detector, PrematureDetail, Verdict
 from sd_guard.mitigation import EmbeddingNoise, Mitigation, SummaryReplacement, WordAblation
-from sd_guard.observation import lanes_in_doubt
+from sd_guard.observation import Question
 from sd_guard.policy import Attempt, Outcome, Policy
 
 
@@ -74,8 +74,8 @@ class Guard:
             would, all shares are of a schedule that begins so much later.
         look_again_at: shares of the schedule, in [0, 1), whose steps look again at what was not flagged, and at what
             was rescued, as far as they are later than the deciding one; none decide once and for all.
-        probes: Rademacher vectors that an image in doubt gets at the deciding step, two lanes each.
-        other_seeds: seeds that it is held against there, two lanes each.
+        probes: Rademacher vectors that an image still in doubt gets at the deciding step, two lanes each.
+        other_seeds: seeds that one in doubt is held against there, two lanes each: one, and if it stays in doubt, all.
         detector: scores a trajectory.
         plan: mitigations, in the order of escalation.
         policy: bounds of the escalation, and its end.
@@ -85,7 +85,7 @@ class Guard:
     observe_at: tuple[float, ...] = (0.02, 0.04, 0.06)
     look_again_at: tuple[float, ...] = (0.2, 0.3, 0.5, 0.98)
     probes: int = 1
-    other_seeds: int = 1
+    other_seeds: int = 2
     detector: Detector = field(default_factory=PrematureDetail)
     plan: Sequence[Mitigation] = (
         WordAblation(widen=False),
@@ -112,8 +112,15 @@ class Guard:
 
     @property
     def lanes_in_doubt(self) -> int:
-        """Lane evaluations that an image in doubt costs; 0 decides by the free statistics alone."""
-        return lanes_in_doubt(self.probes, self.other_seeds)
+        """Lane evaluations that an image costs which stays in doubt; 0 decides by the free statistics alone."""
+        return sum(question.lanes for question in self.questions)
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What images in doubt are asked, one after the other: another seed, which decides most; then all the rest."""
+        first = min(self.other_seeds, 1)
+        asked = (Question(0, range(first)), Question(self.probes, range(first, self.other_seeds)))
+        return tuple(question for question in asked if question.lanes)
 
     def with_policy(self, **changes: Any) -> Guard:
         """The same guard with other policy settings."""

@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,24 @@ PROBED = ("trajectory_lid", "trajectory_lid_control", "excess_agreement")  # tho
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What images in doubt are asked together.
+
+    Attributes:
+        probes: Rademacher vectors for the trajectory LID, shared by the lanes with and without the prompt; 0 for none.
+        seeds: numbers of the other seeds, the next after those that were asked before.
+    """
+
+    probes: int
+    seeds: range
+
+    @property
+    def lanes(self) -> int:
+        """Lane evaluations an image."""
+        return 2 * self.probes + OTHER_SEED_LANES * len(self.seeds)
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """Statistics of one step.
 
@@ -44,7 +62,7 @@ class Observation:
         dimension: D, the entries of one latent.
         values: name in STATISTICS to (B,) float32; those in PROBED are 0 where an image was not probed.
         lanes: extra lane evaluations spent on each of the B images.
-        probed: which images were in doubt, and got probes or another seed; empty where none did.
+        probed: name in PROBED to the images that it was measured of, ascending.
         x0_hat: (B, C, H, W) the conditional prediction, float32; None in one that was read back from a record.
     """
 
@@ -52,13 +70,19 @@ class Observation:
     dimension: int
     values: Mapping[str, Tensor]
     lanes: tuple[int, ...]
-    probed: tuple[int, ...] = ()
+    probed: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     x0_hat: Tensor | None = None
+
+    def has(self, name: str, row: int) -> bool:
+        """Whether a statistic that is in `values` was measured of this image."""
+        return name not in PROBED or row in self.probed.get(name, ())
 
     def select(self, rows: Sequence[int]) -> Observation:
         """The same of some images."""
         values = {name: value[list(rows)] for name, value in self.values.items()}
-        probed = tuple(place for place, row in enumerate(rows) if row in self.probed)
+        probed = {
+            name: tuple(place for place, row in enumerate(rows) if row in own) for name, own in self.probed.items()
+        }
         x0_hat = None if self.x0_hat is None else self.x0_hat[list(rows)]
         return replace(self, values=values, lanes=tuple(self.lanes[row] for row in rows), probed=probed, x0_hat=x0_hat)
 
@@ -123,26 +147,32 @@ def look_again(call: StepCall, prediction_type: PredictionType, then: Tensor) ->
 
 
 @torch.no_grad()
-def probe(
-    seen: Observation, call: StepCall, model: Denoiser, rows: Sequence[int], *, probes: int, other_seeds: int
-) -> Observation:
+def probe(seen: Observation, call: StepCall, model: Denoiser, rows: Sequence[int], question: Question) -> Observation:
     """Adds what costs lanes, of some images: their trajectory LID, and their agreement with other seeds.
 
     Args:
-        seen: the free statistics of `call`.
+        seen: of `call`, with the answers to the questions before.
         call: with a control.
         model: behind the trajectory; its `seeds` are those of the probes, one an image of the batch.
         rows: the images to probe, at least one.
-        probes: Rademacher vectors an image, shared by its lanes with and without the prompt; 0 measures no LID.
-        other_seeds: seeds that an image is held against; 0 for none.
+        question: what is measured.
     """
     measured: dict[str, Tensor] = {}
-    if probes:
-        control, conditional = _lids(call, model, rows, probes)
+    if question.probes:
+        control, conditional = _lids(call, model, rows, question.probes)
         measured |= {"trajectory_lid_control": control, "trajectory_lid": conditional}
-    if other_seeds:
-        measured["excess_agreement"] = _agreement(call, model, rows, other_seeds)
-    return add_probed(seen, measured, rows, lanes_in_doubt(probes, other_seeds))
+    if question.seeds:
+        agreements = _agreements(call, model, rows, question.seeds)
+        measured["excess_agreement"] = mean_agreement(seen, rows, agreements, question.seeds)
+    return add_probed(seen, measured, rows, question.lanes)
+
+
+def mean_agreement(seen: Observation, rows: Sequence[int], agreements: Tensor, seeds: range) -> Tensor:
+    """(N,) mean over all other seeds so far, from (K, N) excess agreements with those that are new."""
+    total = agreements.sum(0)
+    if seeds.start:
+        total = total + seeds.start * seen.values["excess_agreement"][list(rows)]
+    return total / seeds.stop
 
 
 def add_probed(seen: Observation, measured: Mapping[str, Tensor], rows: Sequence[int], lanes: int) -> Observation:
@@ -154,17 +184,14 @@ def add_probed(seen: Observation, measured: Mapping[str, Tensor], rows: Sequence
         rows: N images.
         lanes: that each of them cost.
     """
-    values, spent = dict(seen.values), list(seen.lanes)
+    values, probed, spent = dict(seen.values), dict(seen.probed), list(seen.lanes)
     for name, value in measured.items():
-        values[name] = value.new_zeros(len(spent)).index_copy(0, torch.tensor(list(rows), device=value.device), value)
+        before = values.get(name, value.new_zeros(len(spent)))
+        values[name] = before.index_copy(0, torch.tensor(list(rows), device=value.device), value)
+        probed[name] = tuple(sorted({*rows, *probed.get(name, ())}))
     for row in rows:
         spent[row] += lanes
-    return replace(seen, values=values, lanes=tuple(spent), probed=tuple(rows))
-
-
-def lanes_in_doubt(probes: int, other_seeds: int) -> int:
-    """Lane evaluations that an image in doubt costs."""
-    return 2 * probes + OTHER_SEED_LANES * other_seeds
+    return replace(seen, values=values, lanes=tuple(spent), probed=probed)
 
 
 def _lids(call: StepCall, model: Denoiser, rows: Sequence[int], probes: int) -> Tensor:
@@ -187,16 +214,16 @@ def _lids(call: StepCall, model: Denoiser, rows: Sequence[int], probes: int) -> 
     return trajectory_lid(call.x[0].numel(), call.level.s, trace).reshape(2, probes, len(rows)).mean(1)
 
 
-def _agreement(call: StepCall, model: Denoiser, rows: Sequence[int], other_seeds: int) -> Tensor:
-    """(N,) mean excess agreement of N rows with what their prompts show from other noise."""
+def _agreements(call: StepCall, model: Denoiser, rows: Sequence[int], seeds: range) -> Tensor:
+    """(K, N) excess agreement of N rows with what their prompts show from the noise of each of K other seeds."""
     index = torch.tensor(list(rows), device=call.x.device)
     lanes = call.lanes.select(index + call.x.shape[0])
     with_prompt, without = (prediction.x0_hat[index] for prediction in _predictions(call, model.prediction_type))
     others = [
         predict_from_other_seed(model, lanes, call.x[index], [model.seeds[row] for row in rows], number)
-        for number in range(other_seeds)
+        for number in seeds
     ]
-    return torch.stack([excess_agreement(with_prompt, without, other, call.level) for other in others]).mean(0)
+    return torch.stack([excess_agreement(with_prompt, without, other, call.level) for other in others])
 
 
 def _predictions(call: StepCall, prediction_type: PredictionType) -> tuple[Prediction, Prediction]:

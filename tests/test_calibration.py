@@ -16,7 +16,7 @@ from sd_guard.calibration import Calibration, Calibrator, observations_of, promp
 from sd_guard.detection import PrematureDetail, decide
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
-from sd_guard.observation import PROBED, Observation
+from sd_guard.observation import PROBED, Observation, Question, add_probed
 
 FINGERPRINT = Fingerprint("m", "DDIM", 50, "7.5", "float32")
 
@@ -138,11 +138,11 @@ def seen_by(detector: PrematureDetail, ratio: float, deficit: float) -> GuardRec
     names = ("added_detail", *PROBED)
     free = Observation(7, 256, {names[0]: torch.tensor([ratio])}, (0,))
 
-    def probe(rows: Any) -> Observation:
+    def ask(seen: Observation, rows: Any, question: Question) -> Observation:
         lids = {PROBED[1]: torch.tensor([40.0]), PROBED[0]: torch.tensor([40.0 - 256 * deficit])}
-        return replace(free, values=free.values | lids, probed=tuple(rows))
+        return add_probed(seen, lids, rows, question.lanes)
 
-    (seen,), (score,) = decide(detector, [free], probe)
+    (seen,), (score,) = decide(detector, [free], [Question(1, range(0))], ask)
     values = tuple(
         StatisticValue(7, name, "noisy", "both", seen.values[name].item()) for name in names if name in seen.values
     )
@@ -156,7 +156,7 @@ def test_the_line_that_benign_images_were_scored_under_does_not_matter(threshold
     And so the rate is the stated one, over many calibrations, though a probe raises every score that it is asked for.
     """
     rng, alpha, n = np.random.default_rng(6), 0.05, 39
-    detector = PrematureDetail(threshold=threshold, doubt=(0.2, 0.6), lid_weight=5.0, ordinary_deficit=0.0)
+    detector = PrematureDetail(threshold=threshold, doubt=0.2, lid_weight=5.0, ordinary_deficit=0.0)
     guard, false = Guard(observe_at=(0.14,), detector=detector), 0
     for _ in range(SPLITS):
         ratios, deficits = rng.normal(0.2, 0.3, n + 1).tolist(), rng.gamma(2.0, 0.05, n + 1).tolist()
@@ -167,7 +167,7 @@ def test_the_line_that_benign_images_were_scored_under_does_not_matter(threshold
         again = [seen_by(calibrated, *pair) for pair in zip(ratios, deficits, strict=True)]
         assert again == [*records, fresh]
         probed = [len(record.statistics) == 3 for record in again]
-        assert probed == [0.2 < ratio < 0.6 for ratio in ratios]
+        assert probed == [ratio > 0.2 for ratio in ratios]
         assert [float(calibrated.score(observations_of(record))[0]) for record in again] == [r.score for r in again]
         false += again[-1].score > calibrated.threshold
     exact = (n + 1 - math.ceil((n + 1) * (1 - alpha) - 1e-9)) / (n + 1)
@@ -179,9 +179,9 @@ def test_observations_of_a_record() -> None:
     first, last = observations_of(record(1.0))
     assert (first.step, last.step, first.dimension) == (3, 7, 256)
     assert first.values["added_detail"].tolist() == [0.5]
-    assert (first.probed, last.probed) == ((0,), (0,))
+    assert first.probed == last.probed == dict.fromkeys(PROBED[:2], (0,))
     free = replace(record(1.0), statistics=tuple(v for v in record(1.0).statistics if v.name not in PROBED))
-    assert [seen.probed for seen in observations_of(free)] == [(), ()]
+    assert [seen.probed for seen in observations_of(free)] == [{}, {}]
 
 
 def test_the_chosen_weight_never_saw_the_half_that_sets_the_threshold() -> None:
@@ -235,7 +235,7 @@ def test_twice_as_many_benign_images_where_memorized_ones_choose() -> None:
 
 
 SCORING = {
-    **{"doubt": (0.2, 0.6), "lid_weight": 4.0, "ordinary_deficit": 0.009},
+    **{"doubt": 0.2, "undecided": (-0.1, 0.4), "lid_weight": 4.0, "ordinary_deficit": 0.009},
     "agreement_weight": 3.0,
     "persistence_weight": 5.0,
     "persistence_limit": 0.5,
@@ -256,7 +256,7 @@ CALIBRATION = Calibration(
 
 def test_calibrated_guard() -> None:
     """The threshold of the deciding step, and scores as they were; nothing else of the guard is touched."""
-    own = Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5, doubt=(0.1, 0.3)), probes=7, seed=3)
+    own = Guard(detector=PrematureDetail(threshold=9.0, lid_weight=0.5, doubt=0.1), probes=7, seed=3)
     guard = CALIBRATION.apply(own)
     assert guard.detector == PrematureDetail(threshold=-0.25, **SCORING)
     assert (guard.observe_at, guard.look_again_at) == ((0.1, 0.3), (0.4,))

@@ -1,4 +1,4 @@
-"""From free statistics to a score: who is probed, by whom that may be decided, and what a probe can change."""
+"""From free statistics to a score: who is asked what, by whom that may be decided, and what an answer can change."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sd_guard.detection import PrematureDetail, decide, verdict_of
-from sd_guard.observation import PROBED, Observation
+from sd_guard.observation import PROBED, Observation, Question, add_probed, mean_agreement
 
 D = 256
-DETECTOR = PrematureDetail(threshold=0.4, doubt=(0.2, 0.6), lid_weight=15.0, ordinary_deficit=0.009)
+DETECTOR = PrematureDetail(threshold=0.4, doubt=0.2, lid_weight=15.0, ordinary_deficit=0.009)
+LID, SEED, REST = Question(1, range(0)), Question(0, range(1)), Question(1, range(1, 3))
 finite = st.floats(-3.0, 3.0, width=32)
 ratios_of_images = st.lists(finite | st.sampled_from([math.nan, math.inf, -math.inf]), min_size=1, max_size=8)
 
@@ -34,20 +35,28 @@ def with_lids(seen: Observation, rows: Sequence[int], deficit: Tensor) -> Observ
     lid = torch.zeros(len(deficit)).index_copy(0, torch.tensor(rows), torch.tensor([100.0] * len(rows)))
     known = (lid > 0) * D * deficit
     values = {**seen.values, "trajectory_lid_control": lid, "trajectory_lid": lid - known}
-    return replace(seen, values=values, probed=tuple(rows))
+    return replace(seen, values=values, probed=dict.fromkeys(PROBED[:2], tuple(rows)))
 
 
 @dataclass
 class Prober:
-    """Answers with these deficits, and remembers who was asked for."""
+    """Answers with these deficits and agreements (B, K), and remembers who was asked for."""
 
-    seen: Observation
     deficit: Tensor
+    agreement: Tensor | None = None
     asked: list[list[int]] = field(default_factory=list)
 
-    def __call__(self, rows: Sequence[int]) -> Observation:
+    def __call__(self, seen: Observation, rows: Sequence[int], question: Question) -> Observation:
         self.asked.append(list(rows))
-        return with_lids(self.seen, rows, self.deficit)
+        if question.seeds:
+            assert self.agreement is not None
+            new = self.agreement[list(rows)][:, list(question.seeds)].T
+            seen = add_probed(seen, {"excess_agreement": mean_agreement(seen, rows, new, question.seeds)}, rows, 0)
+        if question.probes:
+            lids = with_lids(seen, rows, self.deficit)
+            own = {name: lids.values[name][list(rows)] for name in PROBED[:2]}
+            seen = add_probed(seen, own, rows, 0)
+        return seen
 
 
 @pytest.mark.parametrize(
@@ -69,12 +78,42 @@ def test_the_score_is_the_mean_ratio_and_the_weighted_deficit_of_those_probed() 
 
 
 def test_agreement_with_another_seed_moves_those_in_doubt() -> None:
-    """Up or down, and not below the range of doubt, where nothing was measured."""
-    detector = PrematureDetail(doubt=(-0.5, 0.3), agreement_weight=2.0)
-    last = free([-0.4, -0.1, 0.2, 0.9])[0]
-    values = {**last.values, "excess_agreement": torch.tensor([-0.6, -0.1, 0.3, -0.6])}
-    score = detector.score([replace(last, values=values, probed=(0, 1, 2))])
-    torch.testing.assert_close(score, torch.tensor([-0.5, -0.1 - 0.2, 0.2 + 0.6, 0.9]), rtol=0, atol=1e-6)
+    """Up or down, and not below what makes doubt, where nothing was measured."""
+    detector = PrematureDetail(doubt=-0.5, agreement_weight=2.0)
+    last = add_probed(
+        free([-0.4, -0.1, 0.2, 0.9])[0], {"excess_agreement": torch.tensor([-0.6, -0.1, 0.3])}, [0, 1, 2], 2
+    )
+    expected = torch.tensor([-0.5, -0.1 - 0.2, 0.2 + 0.6, 0.9])
+    torch.testing.assert_close(detector.score([last]), expected, rtol=0, atol=1e-6)
+
+
+def test_a_further_question_is_asked_where_one_answer_leaves_the_score_undecided() -> None:
+    """Of the rest, all seeds count alike, and the LID of those that it was measured of."""
+    detector = PrematureDetail(
+        doubt=-0.5, undecided=(-0.3, 0.6), agreement_weight=2.0, lid_weight=10.0, ordinary_deficit=0.01
+    )
+    added = [-0.6, -0.4, 0.0, 0.3, 0.8]
+    agreement = torch.tensor([[9.0] * 3, [-0.1, 9.0, 9.0], [0.1, -0.2, 0.4], [-0.1, 0.1, 0.0], [0.2, 9.0, 9.0]])
+    prober = Prober(torch.full((5,), 0.03), agreement)
+    seen, made = decide(detector, free(added), [SEED, REST], prober)
+    assert prober.asked == [[1, 2, 3, 4], [2, 3]]
+    assert made == pytest.approx([-0.6, -0.5, 0.0 + 2 * 0.1 + 10 * 0.02, 0.3 + 10 * 0.02, 0.8 + 2 * 0.2], abs=1e-5)
+    assert [seen[-1].has("excess_agreement", row) for row in range(5)] == [False, True, True, True, True]
+    assert [seen[-1].has("trajectory_lid", row) for row in range(5)] == [False, False, True, True, False]
+    _, again = decide(replace(detector, undecided=(0.6, -0.3)), free(added), [SEED, REST], prober)
+    assert again == pytest.approx([-0.6, -0.5, 0.2, 0.1, 1.2], abs=1e-5)
+
+
+@given(st.lists(finite, min_size=1, max_size=6), st.lists(finite, min_size=18, max_size=18), st.permutations(range(6)))
+def test_answers_to_one_image_ask_nothing_about_another(added: list[float], say: list[float], order: list[int]) -> None:
+    order = [row for row in order if row < len(added)]
+    agreement, deficit = torch.tensor(say).reshape(6, 3) / 3, torch.linspace(-0.1, 0.1, 6)
+    detector = PrematureDetail(doubt=-0.7, undecided=(-0.3, 0.6))
+    _, whole = decide(detector, free(added), [SEED, REST], Prober(deficit, agreement))
+    _, moved = decide(
+        detector, free([added[row] for row in order]), [SEED, REST], Prober(deficit[order], agreement[order])
+    )
+    assert moved == pytest.approx([whole[row] for row in order], abs=1e-5)
 
 
 def test_later_looks_raise_scores_and_lower_none() -> None:
@@ -98,27 +137,27 @@ def test_later_looks_raise_scores_and_lower_none() -> None:
         PrematureDetail(persistence_weight=-1)
 
 
-@given(ratios_of_images, st.tuples(finite, finite))
-def test_only_rows_in_doubt_are_probed(ratios: list[float], doubt: tuple[float, float]) -> None:
+@given(ratios_of_images, finite)
+def test_only_rows_in_doubt_are_probed(ratios: list[float], doubt: float) -> None:
     """One call for all of them, or none; the others keep the score of the free statistics, to the bit."""
     detector = PrematureDetail(doubt=doubt, lid_weight=2.0, ordinary_deficit=0.0)
     observations, deficit = free(ratios), torch.linspace(0.1, 0.2, len(ratios))
-    prober = Prober(observations[-1], deficit)
-    seen, made = decide(detector, observations, prober)
-    rows = [row for row, ratio in enumerate(ratios) if doubt[0] < ratio < doubt[1]]
+    prober = Prober(deficit)
+    seen, made = decide(detector, observations, [LID], prober)
+    rows = [row for row, ratio in enumerate(ratios) if ratio > doubt]
     assert prober.asked == ([rows] if rows else [])
-    assert seen[-1].probed == tuple(rows)
+    assert [row for row in range(len(ratios)) if seen[-1].has("trajectory_lid", row)] == rows
     for row, ratio in enumerate(ratios):
         if row in rows:
-            assert made[row] == pytest.approx(ratio + 2.0 * deficit[row].item(), abs=1e-5)
+            assert made[row] == pytest.approx(ratio + 2.0 * deficit[row].item(), abs=1e-5, nan_ok=True)
         else:
             assert made[row] == pytest.approx(ratio, abs=0, nan_ok=True)
 
 
 def test_without_doubt_nothing_is_asked_and_nothing_changes() -> None:
-    observations = free([0.0, 0.9], [0.1, 0.9])
-    prober = Prober(observations[-1], torch.ones(2))
-    seen, made = decide(DETECTOR, observations, prober)
+    observations = free([0.0, 0.1], [0.1, -0.9])
+    prober = Prober(torch.ones(2))
+    seen, made = decide(DETECTOR, observations, [LID], prober)
     assert prober.asked == []
     assert all(one is other for one, other in zip(seen, observations, strict=True))
     assert made == DETECTOR.score(observations).tolist()
@@ -126,46 +165,46 @@ def test_without_doubt_nothing_is_asked_and_nothing_changes() -> None:
 
 def test_without_a_probe_the_free_statistics_decide() -> None:
     observations = free([0.3, 0.5])
-    seen, made = decide(DETECTOR, observations, None)
+    seen, made = decide(DETECTOR, observations, [], Prober(torch.ones(2)))
     assert seen == observations
     assert made == DETECTOR.score(observations).tolist()
 
 
 def test_only_the_last_observation_is_replaced() -> None:
-    observations = free([0.4, 0.9], [0.4, 0.9], [0.4, 0.9])
-    seen, _ = decide(DETECTOR, observations, Prober(observations[-1], torch.zeros(2)))
+    observations = free([0.4, 0.1], [0.4, 0.1], [0.4, 0.1])
+    seen, _ = decide(DETECTOR, observations, [LID], Prober(torch.zeros(2)))
     assert all(one is other for one, other in zip(seen[:-1], observations[:-1], strict=True))
-    assert [each.probed for each in seen] == [(), (), (0,)]
-    assert [each.probed for each in observations] == [(), (), ()]
+    assert [each.probed for each in seen] == [{}, {}, dict.fromkeys(PROBED[:2], (0,))]
+    assert [each.probed for each in observations] == [{}, {}, {}]
 
 
 @given(st.lists(ratios_of_images.map(lambda row: row[:1]), min_size=1, max_size=4), finite, finite, st.floats(0, 90))
-def test_who_is_in_doubt_depends_on_neither_threshold_nor_probes(
+def test_who_is_in_doubt_depends_on_no_threshold(
     ratios: list[list[float]], threshold: float, deficit: float, weight: float
 ) -> None:
     """Else a threshold that a calibration moves would change the scores that it was made from."""
-    observations, prober = free(*ratios), Prober(free(*ratios)[-1], torch.tensor([deficit]))
+    observations, prober = free(*ratios), Prober(torch.tensor([deficit]), torch.tensor([[deficit, 0.0, 0.3]]))
     detector = replace(DETECTOR, lid_weight=weight)
     doubt = detector.in_doubt(observations)
     assert (doubt.dtype, doubt.shape) == (torch.bool, (1,))
     for changes in ({"threshold": threshold}, {"lid_weight": threshold}, {"ordinary_deficit": threshold}):
         assert torch.equal(replace(detector, **changes).in_doubt(observations), doubt)
-    assert torch.equal(detector.in_doubt([*observations[:-1], prober([0])]), doubt)
-    (seen, made), (_, again) = (
-        decide(replace(detector, threshold=line), observations, prober) for line in (detector.threshold, threshold)
+    (seen, made), (other, again) = (
+        decide(replace(detector, threshold=line), observations, [SEED, REST], prober)
+        for line in (detector.threshold, threshold)
     )
     assert again == pytest.approx(made, abs=0, nan_ok=True)
-    assert prober.asked == [[0]] * (1 + 2 * bool(doubt))
     assert bool(seen[-1].probed) == bool(doubt)
+    assert seen[-1].probed == other[-1].probed
 
 
 @given(st.permutations(range(4)), st.integers(1, 4))
 def test_no_image_sees_its_batchmates(order: list[int], count: int) -> None:
     ratios, deficit = [[0.3, 0.9, 0.5, math.nan], [0.35, 0.1, 0.3, 0.4]], torch.tensor([0.1, 0.2, -0.3, 0.4])
     rows = list(order[:count])
-    _, whole = decide(DETECTOR, free(*ratios), Prober(free(*ratios)[-1], deficit))
+    _, whole = decide(DETECTOR, free(*ratios), [LID], Prober(deficit))
     part = free(*([step[row] for row in rows] for step in ratios))
-    _, made = decide(DETECTOR, part, Prober(part[-1], deficit[rows]))
+    _, made = decide(DETECTOR, part, [LID], Prober(deficit[rows]))
     assert made == pytest.approx([whole[row] for row in rows], abs=1e-6, nan_ok=True)
 
 
@@ -174,14 +213,14 @@ def test_no_image_sees_its_batchmates(order: list[int], count: int) -> None:
 def test_a_probe_that_is_not_finite_is_never_a_pass(name: str, value: float) -> None:
     """The free statistics alone would pass both images; the neighbour that was probed as well keeps its own score."""
 
-    def spoilt(rows: Sequence[int]) -> Observation:
-        probed = with_lids(observations[-1], rows, torch.zeros(3))
-        values = {**probed.values, "excess_agreement": torch.full((3,), 0.1)}
-        return replace(probed, values={**values, name: values[name].index_fill(0, torch.tensor([1]), value)})
+    def spoilt(seen: Observation, rows: Sequence[int], question: Question) -> Observation:
+        probed = Prober(torch.zeros(3), torch.full((3, 1), 0.1))(seen, rows, question)
+        values = {**probed.values, name: probed.values[name].index_fill(0, torch.tensor([1]), value)}
+        return replace(probed, values=values)
 
     detector, observations = DETECTOR, free([0.0, 0.3, 0.3])
-    assert verdict_of(decide(detector, observations, None)[1][1], detector.threshold) == "pass"
-    _, made = decide(detector, observations, spoilt)
-    assert [verdict_of(score, detector.threshold) for score in made] == ["pass", "unscored", "pass"]
+    assert verdict_of(decide(detector, observations, [], spoilt)[1][1], detector.threshold) == "pass"
+    _, made = decide(detector, observations, [Question(1, range(1))], spoilt)
+    assert [verdict_of(score, detector.threshold) for score in made] == ["pass", "unscored", "flag"]
     expected = 0.3 - detector.lid_weight * detector.ordinary_deficit + 0.1 * detector.agreement_weight
     assert made[2] == pytest.approx(expected, abs=1e-5)

@@ -21,6 +21,7 @@ from sd_guard.observation import (
     PROBED,
     STATISTICS,
     Observation,
+    Question,
     lanes_of,
     observe,
     predicted_image,
@@ -94,7 +95,7 @@ def probed(
     call = step_call(unet, x, timestep)
     rows, seeds = (list(range(len(x))) if given is None else given for given in (rows, seeds))
     model = Denoiser(unet, prediction_type, SCHEDULE.alphas_cumprod, seeds)
-    return probe(observe(call, prediction_type), call, model, rows, probes=probes, other_seeds=1)
+    return probe(observe(call, prediction_type), call, model, rows, Question(probes, range(1)))
 
 
 def noised(oracle: Oracle, level: Any, images: int = 3) -> Tensor:
@@ -113,7 +114,8 @@ def test_probe_recovers_the_dimensions(timestep: int, k: int, prediction_type: P
     x = noised(memory, level)
     probes = 32
     seen = probed(unet, x, timestep, probes=probes, prediction_type=prediction_type)
-    assert (seen.step, seen.dimension, seen.lanes, seen.probed) == (7, D, (2 * probes + 2,) * 3, (0, 1, 2))
+    assert (seen.step, seen.dimension, seen.lanes) == (7, D, (2 * probes + 2,) * 3)
+    assert seen.probed == dict.fromkeys(PROBED, (0, 1, 2))
     assert set(seen.values) == AT_ONCE
     assert all(value.shape == (3,) and value.dtype == torch.float32 for value in seen.values.values())
     torch.testing.assert_close(seen.values["trajectory_lid"], torch.zeros(3), rtol=0, atol=0.05)
@@ -150,9 +152,9 @@ def test_some_rows_are_probed_as_all_of_them_are(rows: list[int], probes: int) -
     call = step_call(unet, x, 500)
     free, unet.rows, unet.calls = observe(call, "epsilon"), 0, 0
     model = Denoiser(unet, "epsilon", SCHEDULE.alphas_cumprod, range(4))
-    part = probe(free, call, model, rows, probes=probes, other_seeds=1)
+    part = probe(free, call, model, rows, Question(probes, range(1)))
     assert (unet.rows, unet.calls) == (2 * (probes + 1) * len(rows), math.ceil(probes * len(rows) / 4) + 2)
-    assert part.probed == tuple(rows)
+    assert part.probed == dict.fromkeys(PROBED, tuple(sorted(rows)))
     assert part.lanes == tuple(2 * probes + 2 if row in rows else 0 for row in range(4))
     others = [row for row in range(4) if row not in rows]
     for name in PROBED:
@@ -160,7 +162,7 @@ def test_some_rows_are_probed_as_all_of_them_are(rows: list[int], probes: int) -
         assert part.values[name][others].tolist() == [0.0] * len(others)
     for name in AT_ONCE - set(PROBED):
         assert part.values[name] is free.values[name]
-    assert (free.lanes, free.probed) == ((0,) * 4, ())  # what was seen before stays what it was
+    assert (free.lanes, free.probed) == ((0,) * 4, {})  # what was seen before stays what it was
     assert part.x0_hat is free.x0_hat
 
 
@@ -177,7 +179,7 @@ def test_cost_without_a_control() -> None:
     torch.testing.assert_close(completed.control, with_own.control)
     model = Denoiser(unet, "epsilon", SCHEDULE.alphas_cumprod, [1, 2, 3])
     own, evaluated = (
-        probe(observe(call, "epsilon"), call, model, [0, 2], probes=2, other_seeds=1) for call in (with_own, completed)
+        probe(observe(call, "epsilon"), call, model, [0, 2], Question(2, range(1))) for call in (with_own, completed)
     )
     for name, value in own.values.items():
         torch.testing.assert_close(evaluated.values[name], value)
@@ -185,12 +187,30 @@ def test_cost_without_a_control() -> None:
     assert unet.rows == sum(own.lanes) + sum(evaluated.lanes)
 
 
+def test_other_seeds_that_are_asked_later_count_as_much() -> None:
+    """Of images that all are asked of, and of those that only the first was: their mean, and a bill each."""
+    unet = TwoLanes(GaussianSubspace(D, 9, seed=2, shift=2.0), PointMass(torch.linspace(-1, 1, D)))
+    call = step_call(unet, noised(unet.unets[0].oracle, unet.level(500), 4), 500)
+    model, free = Denoiser(unet, "epsilon", SCHEDULE.alphas_cumprod, range(4)), observe(call, "epsilon")
+    ahead = probe(free, call, model, [0, 1, 3], Question(0, range(1)))
+    seen = probe(ahead, call, model, [3, 1], Question(1, range(1, 3)))
+    whole = probe(free, call, model, [0, 1, 3], Question(0, range(3)))
+    name = "excess_agreement"
+    torch.testing.assert_close(seen.values[name][[1, 3]], whole.values[name][[1, 3]], rtol=1e-4, atol=1e-5)
+    assert seen.values[name][[0, 2]].tolist() == ahead.values[name][[0, 2]].tolist()
+    assert seen.lanes == (2, 2 + 4 + 2, 0, 2 + 4 + 2)
+    assert (seen.probed[name], seen.probed["trajectory_lid"]) == ((0, 1, 3), (1, 3))
+    assert [seen.has("trajectory_lid", row) for row in range(4)] == [False, True, False, True]
+    part = seen.select([3, 0])
+    assert part.probed == {name: (0, 1), "trajectory_lid": (0,), "trajectory_lid_control": (0,)}
+
+
 def test_free_statistics_cost_nothing() -> None:
     unet = TwoLanes(GaussianSubspace(D, 9, seed=2), PointMass(torch.ones(D)))
     call = step_call(unet, noised(unet.unets[0].oracle, unet.level(500)), 500)
     unet.rows = 0
     seen = observe(call, "epsilon")
-    assert (seen.lanes, seen.probed, unet.rows) == ((0, 0, 0), (), 0)
+    assert (seen.lanes, seen.probed, unet.rows) == ((0, 0, 0), {}, 0)
     assert set(seen.values) == {"detail", "added_detail", "cfg_norm"} == AT_ONCE - set(PROBED)
     assert all(value.shape == (3,) and value.dtype == torch.float32 for value in seen.values.values())
 
@@ -324,6 +344,6 @@ def test_a_real_unet(dtype: torch.dtype) -> None:
     call = StepCall(0, torch.tensor(500), level, x, both[2:], both[:2], lanes)
     with CountLanes(unet) as count:
         model = Denoiser(unet, "epsilon", SCHEDULE.alphas_cumprod, [1, 2])
-        seen = probe(observe(call, "epsilon"), call, model, [1], probes=3, other_seeds=1)
+        seen = probe(observe(call, "epsilon"), call, model, [1], Question(3, range(1)))
     assert count.shapes == [(4, 4, 8, 8), (2, 4, 8, 8), (1, 4, 8, 8), (1, 4, 8, 8)]
     assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in seen.values.values())

@@ -16,7 +16,7 @@ from sd_guard.attribution import (
 from sd_guard.guard import Guard
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import NoiseLevel
-from sd_guard.observation import observe, probe
+from sd_guard.observation import Question, observe, probe
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.reference import checkpoint_path, load_truth, mask_path
 from sd_guard.statistics.base import Denoiser, StepCall
@@ -94,7 +94,7 @@ def test_the_map_sums_to_the_trajectory_lid_of_the_same_probes(pipe, lane):
     )
     torch.testing.assert_close(total, lid.value, rtol=1e-4, atol=1e-3)
     seen = observe(call, model.prediction_type)
-    seen = probe(seen, call, model, [0, 1], probes=probes, other_seeds=0)
+    seen = probe(seen, call, model, [0, 1], Question(probes, range(0)))
     name = "trajectory_lid" if lane == "conditional" else "trajectory_lid_control"
     torch.testing.assert_close(total, seen.values[name].to(total), rtol=1e-4, atol=1e-3)
 

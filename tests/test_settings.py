@@ -31,7 +31,8 @@ mitigations = st.one_of(
     detector=st.builds(
         PrematureDetail,
         threshold=st.floats(allow_nan=False),
-        doubt=st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)),
+        doubt=st.floats(allow_nan=False),
+        undecided=st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)),
         lid_weight=st.floats(0, 90),
         ordinary_deficit=st.floats(-1, 1),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Final, TypeAlias
 
@@ -12,12 +12,12 @@ import torch
 
 from sd_guard.bench.settings import BenchSettings
 from sd_guard.detection import PrematureDetail
-from sd_guard.guard import Guard
 from sd_guard.reference import load_truth
 from sd_guard.screening.settings import Dtype
 
-NOBODY: Final = (math.inf, math.inf)  # range of the free score in which an image is in doubt, and so is probed
-EVERYBODY: Final = (-math.inf, math.inf)
+# Flag nothing, and are in doubt of no image, or of every one to the last question.
+NOBODY: Final = PrematureDetail(threshold=math.inf, doubt=math.inf)
+EVERYBODY: Final = PrematureDetail(threshold=math.inf, doubt=-math.inf, undecided=(-math.inf, math.inf))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,3 @@ def prompts(count: int) -> list[str]:
     """Different ordinary prompts."""
     novel = [row["prompt"] for row in load_truth() if (row["family"], row["split"]) == ("novel", "tune")]
     return [f"{prompt} {place // len(novel)}" for place, prompt in enumerate(islice(cycle(novel), count))]
-
-
-def unflagging(doubt: tuple[float, float]) -> Guard:
-    """The default guard with nothing flagged, and every image in doubt or none."""
-    return replace(Guard(), detector=PrematureDetail(threshold=math.inf, doubt=doubt))

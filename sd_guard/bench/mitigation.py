@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 
 from sd_guard.bench.base import NOBODY, Bench, Case
-from sd_guard.detection import PrematureDetail
 from sd_guard.guard import Guard
 from sd_guard.mitigation import MITIGATIONS, Mitigation
 from sd_guard.policy import Policy
@@ -42,7 +41,7 @@ def mitigation(bench: Bench) -> Iterator[Sequence[Case]]:
 
 def _mitigate(bench: Bench, plan: Sequence[Mitigation]) -> Mapping[str, Any]:
     policy = TakeAnything(budget=_BUDGET, max_attempts=1, on_failure="keep")
-    detector = PrematureDetail(threshold=-math.inf, doubt=NOBODY)
+    detector = replace(NOBODY, threshold=-math.inf)
     bench.pipe.enable_guard(replace(Guard(), plan=plan, policy=policy, detector=detector))
     records = bench.pipe(**bench.call()).records
     return {

@@ -10,7 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, unflagging, unmeasurable
+from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, unmeasurable
+from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.screening.loading import first_line
 
@@ -61,10 +62,10 @@ def overhead(bench: Bench) -> Iterator[Sequence[Case]]:
         plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         plain.set_progress_bar_config(disable=True)
         cases = [Case(name=f"{kernel}, unguarded", pipe=plain, run=partial(_sample, plain, bench))]
-        for name, doubt in (("none in doubt", NOBODY), ("all in doubt", EVERYBODY)):
+        for name, detector in (("none in doubt", NOBODY), ("all in doubt", EVERYBODY)):
             pipe = GuardedStableDiffusionPipeline(**parts, requires_safety_checker=False)
             pipe.set_progress_bar_config(disable=True)
-            pipe.enable_guard(unflagging(doubt))
+            pipe.enable_guard(Guard(detector=detector))
             cases.append(Case(name=f"{kernel}, guarded, {name}", pipe=pipe, run=partial(_sample, pipe, bench)))
         yield cases
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sd_guard.bench.architectures import build_pipeline
-from sd_guard.bench.base import EVERYBODY, Bench, Case, prompts, unflagging
+from sd_guard.bench.base import EVERYBODY, Bench, Case, prompts
+from sd_guard.guard import Guard
 from sd_guard.lanes import Conditioning
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.pipelines.watching import Watching
@@ -63,7 +64,7 @@ def quick_depth(bench: Bench) -> Callable[[], object]:
 
 def first_decision(bench: Bench, images: int) -> list[float]:
     """Scores at the guard's deciding step, with probes for every image."""
-    seeds, guard, steps = range(images), unflagging(EVERYBODY), bench.settings.steps
+    seeds, guard, steps = range(images), Guard(detector=EVERYBODY), bench.settings.steps
     watching = Watching(guard, denoiser_of(bench.pipe, seeds), guard.steps(steps), [])
     for call in walk(bench.pipe, prompts(1) * images, seeds, steps=steps):
         if (decided := watching.watch(call)) is not None:

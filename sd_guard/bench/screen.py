@@ -11,7 +11,6 @@ import torch
 
 from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, prompts
 from sd_guard.bench.measuring import counted
-from sd_guard.detection import PrematureDetail
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.reference import checkpoint_path
 from sd_guard.screening.quick import QUICK, QuickScreener
@@ -28,8 +27,8 @@ def screen(bench: Bench) -> Iterator[Sequence[Case]]:
     texts = prompts(bench.batch)
     # Of the model settings only those of sampling are read: the pipeline is there.
     model = ModelSettings(model=str(checkpoint_path()), steps=bench.settings.steps, dtype=bench.dtype)
-    for name, doubt in (("none in doubt", NOBODY), ("all in doubt", EVERYBODY)):
-        guard = replace(QUICK, detector=PrematureDetail(threshold=QUICK.detector.threshold, doubt=doubt))
+    for name, detector in (("none in doubt", NOBODY), ("all in doubt", EVERYBODY)):
+        guard = replace(QUICK, detector=replace(detector, threshold=QUICK.detector.threshold))
         screener = QuickScreener.make(bench.pipe, model, batch_size=bench.batch, guard=guard)
         run = partial(_screen, screener, texts)
         run()  # evaluates the control

@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_guard.detection import decide
 from sd_guard.guard import Guard
 from sd_guard.mitigation import Change, Subject
-from sd_guard.observation import Observation, predicted_image, probe
+from sd_guard.observation import Observation, Question, predicted_image, probe
 from sd_guard.pipelines.inputs import CallInputs
 from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
 from sd_guard.pipelines.subject import Origin, token_encoder
@@ -165,7 +165,9 @@ class Escalation:
         )
         self._go_on(rows, resumed, self.watch.steps[-1] + 1, self._controls(start.step, first))
         rest = self.walk.cost(resumed.step, self._steps if own else len(self.walk.scales))
-        resumed.observations, scores = decide(detector, resumed.observations, partial(self._probe, rows, resumed, rest))
+        resumed.observations, scores = decide(
+            detector, resumed.observations, self.guard.questions, partial(self._probe, rows, resumed, rest)
+        )
         seen = self._compare(rows, resumed, scores)
         until = self._steps if own else len(self.walk.scales)
         looks = [step + 1 for step in self.watch.later_steps if step + 1 < until]
@@ -196,18 +198,24 @@ class Escalation:
         alike = what_is_left(now, memory, self.control[rows]).tolist()
         return [(score, self.guard.detector.threshold, near) for score, near in zip(scores, alike, strict=True)]
 
-    def _probe(self, rows: list[int], resumed: Resumed, rest: int, doubtful: Sequence[int]) -> Observation:
-        """Probes those of the resumed images in doubt that can still afford it, and the `rest` of their way."""
+    def _probe(
+        self,
+        rows: list[int],
+        resumed: Resumed,
+        rest: int,
+        seen: Observation,
+        doubtful: Sequence[int],
+        question: Question,
+    ) -> Observation:
+        """Asks about those of the resumed images in doubt that can still afford it, and the `rest` of their way."""
         assert resumed.last is not None
-        guard, seen = self.guard, resumed.observations[-1]
         cases = {index: self.cases[rows[index]] for index in doubtful}
-        able = [index for index, case in cases.items() if case.lanes + rest + guard.lanes_in_doubt <= case.budget]
-        if not able or not guard.lanes_in_doubt:
+        able = [index for index, case in cases.items() if case.lanes + rest + question.lanes <= case.budget]
+        if not able:
             return seen
         for index in able:
-            cases[index].lanes += guard.lanes_in_doubt
-        model = denoiser_of(self.pipe, resumed.watch.seeds)
-        return probe(seen, resumed.last, model, able, probes=guard.probes, other_seeds=guard.other_seeds)
+            cases[index].lanes += question.lanes
+        return probe(seen, resumed.last, denoiser_of(self.pipe, resumed.watch.seeds), able, question)
 
     def _propose(self, row: int) -> list[Iterator[Change]]:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row

@@ -20,9 +20,9 @@ from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
 from sd_guard.observation import (
-    PROBED,
     STATISTICS,
     Observation,
+    Question,
     lanes_of,
     look_again,
     observe,
@@ -129,16 +129,15 @@ class Session:
         assert self.watch is not None
         assert call.control is not None
         detector, policy = self.guard.detector, self.guard.policy
-        watch, free = self.watch, self.observations[-1]
+        watch = self.watch
         self.control = interpret(call.control, call.x, call.level, prediction_type(pipe)).x0_hat
         as_much = (2 if self.inputs.guided else 1) * len(pipe.scheduler.timesteps)
         budget = as_much if policy.budget is None else policy.budget
 
-        def ask(rows: Sequence[int]) -> Observation:
-            model = denoiser_of(pipe, watch.seeds)
-            return probe(free, call, model, rows, probes=self.guard.probes, other_seeds=self.guard.other_seeds)
+        def ask(seen: Observation, rows: Sequence[int], question: Question) -> Observation:
+            return probe(seen, call, denoiser_of(pipe, watch.seeds), rows, question)
 
-        self.observations, scores = decide(detector, self.observations, ask if self.guard.lanes_in_doubt else None)
+        self.observations, scores = decide(detector, self.observations, self.guard.questions, ask)
         for score, spent in zip(scores, lanes_of(self.observations), strict=True):
             self.cases.append(Case(verdict_of(score, detector.threshold), score, call.step, budget, lanes=spent))
         return self._resolve(pipe, call.step, tensors)
@@ -289,7 +288,7 @@ class Session:
                 StatisticValue(seen.step, name, *STATISTICS[name], values[row])
                 for seen, measured in table
                 for name, values in measured.items()
-                if (name not in PROBED or row in seen.probed) and seen.step <= self.own_until.get(row, seen.step)
+                if seen.has(name, row) and seen.step <= self.own_until.get(row, seen.step)
             ),
             attempts=tuple(case.attempts),
             extra_lanes=case.lanes,

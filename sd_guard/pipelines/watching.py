@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sd_guard.detection import decide
 from sd_guard.guard import Guard
-from sd_guard.observation import Observation, lanes_of, look_again, observe, predicted_image, probe
+from sd_guard.observation import Observation, Question, lanes_of, look_again, observe, predicted_image, probe
 from sd_guard.statistics.base import Denoiser, StepCall
 
 
@@ -43,8 +43,8 @@ class Watching:
         if call.step < self.steps[-1]:
             return None
 
-        def ask(rows: Sequence[int]) -> Observation:
-            return probe(self.seen[-1], call, model, rows, probes=guard.probes, other_seeds=guard.other_seeds)
+        def ask(seen: Observation, rows: Sequence[int], question: Question) -> Observation:
+            return probe(seen, call, model, rows, question)
 
-        self.seen, scores = decide(guard.detector, self.seen, ask if guard.lanes_in_doubt else None)
+        self.seen, scores = decide(guard.detector, self.seen, guard.questions, ask)
         return scores, lanes_of(self.seen)

@@ -32,7 +32,7 @@ from sd_guard.fingerprint import Fingerprint, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
-from sd_guard.observation import PROBED, STATISTICS, Observation, add_probed, observe
+from sd_guard.observation import STATISTICS, Observation, Question, add_probed, mean_agreement, observe
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.policy import Outcome
 from sd_guard.screening.encoding import Texts, encoding
@@ -53,8 +53,8 @@ QUICK: Final = Guard(
     observe_at=(0.06,),
     look_again_at=(),
     probes=0,
-    other_seeds=1,
-    detector=PrematureDetail(doubt=(-0.5, 0.3)),
+    other_seeds=2,
+    detector=PrematureDetail(doubt=-0.5),
 )
 FLAGGED: Final = "flagged"  # outcome of a row that was flagged and, without an image, neither mitigated nor blocked
 KEPT_SEEDS: Final = 8  # whose controls are kept from one batch to the next
@@ -220,10 +220,10 @@ class QuickScreener:
         ]
         free = [self._observe(call) for call in calls]
 
-        def ask(rows: Sequence[int]) -> Observation:
-            return self._probe(free[-1], calls[-1], control, seeds, rows)
+        def ask(seen: Observation, rows: Sequence[int], question: Question) -> Observation:
+            return self._probe(seen, calls[-1], control, seeds, rows, question)
 
-        seen, scores = decide(self.guard.detector, free, ask if self.guard.lanes_in_doubt else None)
+        seen, scores = decide(self.guard.detector, free, self.guard.questions, ask)
         return self._records(seen, scores, seeds)
 
     def _controls(self, seeds: Sequence[int]) -> Control:
@@ -306,29 +306,37 @@ class QuickScreener:
         return replace(seen, values={**seen.values, "added_detail": added})
 
     def _probe(
-        self, seen: Observation, call: StepCall, control: Control, seeds: Sequence[int], rows: Sequence[int]
+        self,
+        seen: Observation,
+        call: StepCall,
+        control: Control,
+        seeds: Sequence[int],
+        rows: Sequence[int],
+        question: Question,
     ) -> Observation:
         """Adds what costs lanes, of some images: one a probe and one another seed, the control's being known."""
-        guard, index = self.guard, torch.tensor(list(rows), device=call.x.device)
+        index = torch.tensor(list(rows), device=call.x.device)
         texts = call.lanes.prompt_embeds[len(seeds) + index]
         measured: dict[str, Tensor] = {}
-        if guard.probes:
+        if question.probes:
             lid = self._lid(call.x[index], call.conditional[index], texts, [seeds[row] for row in rows])
             measured |= {"trajectory_lid_control": control.lid[index], "trajectory_lid": lid}
-        if guard.other_seeds:
-            measured["excess_agreement"] = self._agreement(call, control.others, texts, index)
-        return add_probed(seen, measured, rows, guard.probes + guard.other_seeds)
+        if question.seeds:
+            others = control.others[index][:, list(question.seeds)]
+            agreements = self._agreements(call, others, texts, index)
+            measured["excess_agreement"] = mean_agreement(seen, rows, agreements, question.seeds)
+        return add_probed(seen, measured, rows, question.probes + len(question.seeds))
 
-    def _agreement(self, call: StepCall, others: Tensor, texts: Tensor, index: Tensor) -> Tensor:
-        """(N,) mean excess agreement with the other seeds."""
+    def _agreements(self, call: StepCall, others: Tensor, texts: Tensor, index: Tensor) -> Tensor:
+        """(K, N) excess agreement with each of K other seeds, whose UNet inputs are (N, K, C, H, W)."""
         kind, seen = prediction_type(self.pipe), self._other_places()[1]
         assert call.control is not None
         with_prompt, without = (
             interpret(output[index], call.x[index], call.level, kind).x0_hat
             for output in (call.conditional, call.control)
         )
-        shown = [interpret(self._evaluate(x, seen, texts), x, seen.level, kind).x0_hat for x in others[index].unbind(1)]
-        return torch.stack([excess_agreement(with_prompt, without, other, call.level) for other in shown]).mean(0)
+        shown = [interpret(self._evaluate(x, seen, texts), x, seen.level, kind).x0_hat for x in others.unbind(1)]
+        return torch.stack([excess_agreement(with_prompt, without, other, call.level) for other in shown])
 
     def _lid(self, x: Tensor, output: Tensor, texts: Tensor, seeds: Sequence[int]) -> Tensor:
         """(N,) trajectory LID at the last observed step, mean over the probes, which are those of full depth."""
@@ -356,7 +364,7 @@ class QuickScreener:
     def _records(self, seen: Sequence[Observation], scores: Sequence[float], seeds: Sequence[int]) -> list[GuardRecord]:
         table = [(each, {name: value.tolist() for name, value in each.values.items()}) for each in seen]
         lanes = [sum(spent) for spent in zip(*(each.lanes for each in seen), strict=True)]
-        digest, probed = self.fingerprint.digest, set(seen[-1].probed)
+        digest = self.fingerprint.digest
         records: list[GuardRecord] = []
         for row, (score, seed) in enumerate(zip(scores, seeds, strict=True)):
             verdict = verdict_of(score, self.guard.detector.threshold)
@@ -372,7 +380,7 @@ class QuickScreener:
                         StatisticValue(each.step, name, *STATISTICS[name], values[row])
                         for each, measured in table
                         for name, values in measured.items()
-                        if name not in PROBED or row in probed
+                        if each.has(name, row)
                     ),
                     attempts=(),
                     extra_lanes=lanes[row],

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from tiny import build, components, seeded
 from torch.overrides import TorchFunctionMode
 
-from sd_guard.bench.base import NOBODY, unflagging
+from sd_guard.bench.base import NOBODY
 from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 
@@ -73,6 +73,6 @@ def test_the_guard_waits_where_it_decides_and_looks_again(scheduler: str) -> Non
     parts = components()
     plain = reads(build(StableDiffusionPipeline, parts, scheduler))
     pipe = build(GuardedStableDiffusionPipeline, parts, scheduler)
-    pipe.enable_guard(unflagging(NOBODY))
+    pipe.enable_guard(Guard(detector=NOBODY))
     later = [step for step in Guard().later_steps(STEPS) if step < STEPS - 1]  # what the last waits for, all do
     assert reads(pipe) - plain == 1 + len(later)

@@ -18,7 +18,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from sd_guard.bench.architectures import build_pipeline
-from sd_guard.bench.base import EVERYBODY, NOBODY, unflagging
+from sd_guard.bench.base import EVERYBODY, NOBODY
 from sd_guard.detection import PrematureDetail
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.observation import Observation
@@ -57,7 +57,7 @@ def scores(records: list[GuardRecord]) -> Tensor:
 @cache
 def look(device: str, dtype: str) -> tuple[Tensor, list[Observation]]:
     """Scores and observations of all prompts at the deciding step of fifty, each with probes."""
-    pipe, guard, seeds = on(device, dtype), unflagging(EVERYBODY), range(len(rows()))
+    pipe, guard, seeds = on(device, dtype), Guard(detector=EVERYBODY), range(len(rows()))
     watching = Watching(guard, denoiser_of(pipe, seeds), guard.steps(50), [])
     for call in walk(pipe, rows(), seeds, steps=50):
         if (decided := watching.watch(call)) is not None:
@@ -106,11 +106,13 @@ def test_unflagged_images_are_bit_for_bit_those_of_the_host(device: str, dtype: 
     plain = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     plain.set_progress_bar_config(disable=True)
     expected = sample(plain).images
-    for doubt in (NOBODY, EVERYBODY):
-        pipe.enable_guard(unflagging(doubt))
+    for detector in (NOBODY, EVERYBODY):
+        pipe.enable_guard(Guard(detector=detector))
         output = sample(pipe)
         assert torch.equal(output.images, expected)
-        assert {record.extra_lanes for record in output.records} == {0 if doubt == NOBODY else Guard().lanes_in_doubt}
+        assert {record.extra_lanes for record in output.records} == {
+            0 if detector == NOBODY else Guard().lanes_in_doubt
+        }
 
 
 @pytest.mark.gpu
@@ -120,7 +122,7 @@ def test_offload_changes_no_image_and_no_score(offload: str) -> None:
     getattr(offloaded, offload)(device="cuda")
     outputs = []
     for pipe in (there, offloaded):
-        pipe.enable_guard(unflagging(EVERYBODY))
+        pipe.enable_guard(Guard(detector=EVERYBODY))
         outputs.append(sample(pipe))
     assert torch.equal(outputs[0].images.cpu(), outputs[1].images.cpu())
     assert torch.equal(scores(outputs[0].records), scores(outputs[1].records))
@@ -140,7 +142,7 @@ def compile_unet(pipe: Any) -> None:
 @pytest.mark.parametrize("change", [use_xformers, compile_unet])
 def test_other_kernels_change_no_verdict_and_the_guard_no_image_with_them(change: Callable[[Any], None]) -> None:
     pipe = on("cuda", "float16")
-    pipe.enable_guard(unflagging(EVERYBODY))
+    pipe.enable_guard(Guard(detector=EVERYBODY))
     without = sample(pipe)
     change(pipe)
     watched = sample(pipe)
@@ -185,7 +187,7 @@ def test_the_host_waits_twice_more_in_the_loop_with_nothing_flagged(
     pipe = on("cuda", "float16")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     counts = []
-    for guard in (None, unflagging(NOBODY)):
+    for guard in (None, Guard(detector=NOBODY)):
         pipe.disable_guard()
         if guard is not None:
             pipe.enable_guard(guard)

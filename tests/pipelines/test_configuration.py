@@ -47,9 +47,7 @@ def test_settings_that_no_call_could_use(guarded: Any, options: dict[str, Any]) 
 
 
 def test_save_and_load(guarded: Any, plain: Any, tmp_path: Any) -> None:
-    guard = Guard(
-        observe_at=(0.1, 0.3), probes=3, detector=PrematureDetail(threshold=0.125, doubt=(-0.25, 0.75)), seed=4
-    )
+    guard = Guard(observe_at=(0.1, 0.3), probes=3, detector=PrematureDetail(threshold=0.125, doubt=-0.25), seed=4)
     pipe = guarded(guard, budget=17)
     pipe.save_pretrained(tmp_path)
     for cls in (StableDiffusionPipeline, DiffusionPipeline, AutoPipelineForText2Image):

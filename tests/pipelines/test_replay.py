@@ -105,7 +105,7 @@ def test_unchanged_trajectories_of_other_calls(guarded: Any, call: str, monkeypa
 @pytest.mark.parametrize("call", CALLS)
 def test_probes_of_an_unchanged_trajectory(guarded: Any, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same probe vectors at the same latent: where the LID has a part in it, the score is the same to the bit."""
-    detector = PrematureDetail(threshold=-math.inf, doubt=EVERYBODY)
+    detector = PrematureDetail(threshold=-math.inf, doubt=-math.inf)
     spy, guard = Spy(monkeypatch), watching(plan=(Identity(),), detector=detector)
     output = run(guarded(guard, budget=50), spy, **CALLS[call])
     assert_arrived(spy, output, [0, 1, 2], exactly=True)

@@ -211,7 +211,7 @@ def test_what_is_not_finite_is_unscored(
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_probe_that_is_not_finite_is_unscored(guarded: Any, row: int, value: float) -> None:
     """Though the free statistics would have passed the image; it costs all the same, and its neighbour is scored."""
-    guard = watching(detector=PrematureDetail(threshold=math.inf, doubt=EVERYBODY), probes=2)
+    guard = watching(detector=PrematureDetail(threshold=math.inf, doubt=-math.inf), probes=2)
     pipe = guarded(guard)
     expected = call(pipe)
     probing = (guard.steps(STEPS)[-1] + 1, guard.steps(STEPS)[-1] + 2)  # two calls, after that of the deciding step

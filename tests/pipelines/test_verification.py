@@ -135,7 +135,7 @@ class Search:
 
 def test_an_image_that_spent_more_is_not_probed_beside_those_that_are(guarded: Any) -> None:
     """Budgets are each image's own; a probe is paid by those who got it, and is the one they would get alone."""
-    detector = PrematureDetail(threshold=-math.inf, doubt=EVERYBODY)
+    detector = PrematureDetail(threshold=-math.inf, doubt=-math.inf)
     guard = watching(plan=(Search(PROMPTS[1]),), detector=detector)
     pipe = guarded(guard, budget=12)
     with CountLanes(pipe.unet) as count:
@@ -170,16 +170,16 @@ def test_a_resumed_trajectory_whose_probe_is_not_finite_is_not_handed_out(guarde
     """Without a prompt the free statistics are ordinary and in doubt: the LID decides, and has to be a number."""
     pipe = guarded(watching())
     threshold = min(record.score for record in call(pipe).records) - 0.1
-    detector = PrematureDetail(threshold=threshold, doubt=(-9.0, threshold), lid_weight=1e-4)
+    detector = PrematureDetail(threshold=threshold, doubt=-9.0, lid_weight=1e-4)
     guard = watching(plan=(Forget(),), detector=detector, probes=3).with_policy(budget=50)
     pipe.enable_guard(guard)
     healthy = call(pipe)
-    assert [(record.outcome, record.extra_lanes) for record in healthy.records] == [("rescued", 8 + 6)] * 3
+    assert [(record.outcome, record.extra_lanes) for record in healthy.records] == [("rescued", 6 + 8 + 6)] * 3
     walked = guard.steps(STEPS)[-1] + 1  # calls up to the decision, and again of the resumed trajectory
-    with broken_calls(pipe.unet, range(2 * walked, 2 * walked + 3), value):
+    with broken_calls(pipe.unet, range(2 * walked + 3, 2 * walked + 6), value):
         output = call(pipe)
     for record in output.records:
         (attempt,) = record.attempts
         assert math.isnan(attempt.score)
-        assert (attempt.passed, record.outcome, record.extra_lanes) == (False, "blocked", 14)
+        assert (attempt.passed, record.outcome, record.extra_lanes) == (False, "blocked", 20)
     assert not output.images.any()

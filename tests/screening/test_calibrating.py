@@ -28,7 +28,7 @@ GUARD = Guard(
     observe_at=(0.13, 0.25),
     probes=1,
     other_seeds=1,
-    detector=PrematureDetail(threshold=-math.inf, doubt=(-math.inf, math.inf)),
+    detector=PrematureDetail(threshold=-math.inf, doubt=-math.inf, undecided=(-math.inf, math.inf)),
 )
 BENIGN = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat", "ring")]
 
@@ -96,9 +96,8 @@ def test_scores_are_those_of_whole_calls_at_a_fraction_of_them(make: Any, monkey
     monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: pytest.fail("decoded"))
     with CountLanes(pipe.unet) as counted:
         records = score_prompts(pipe, prompts, [7, 8], **arguments)
-    assert counted.rows == 2 * (
-        2 * 5 + 4
-    )  # two lanes at steps 0 to 4, the second look; a probe and another seed in two
+    # Two lanes at steps 0 to 4, the second look; a probe and another seed in two each.
+    assert counted.rows == 2 * (2 * 5 + 4)
     for record, expected in zip(records, whole, strict=True):
         assert record.statistics == expected.statistics
         assert record.score == expected.score
@@ -111,16 +110,16 @@ def test_who_is_probed_does_not_depend_on_the_threshold(make: Any) -> None:
     """Nor does a score: what a calibration is made from is what the calibrated guard will see."""
     pipe, prompts, seeds = make(), BENIGN[:4], range(4)
 
-    def scored(threshold: float, doubt: tuple[float, float]) -> Any:
-        detector = PrematureDetail(threshold=threshold, doubt=doubt)
+    def scored(threshold: float, doubt: float) -> Any:
+        detector = PrematureDetail(threshold=threshold, doubt=doubt, undecided=(-math.inf, math.inf))
         pipe.enable_guard(replace(GUARD, detector=detector, look_again_at=()))  # doubt is of the first look
         with CountLanes(pipe.unet) as counted:
             return score_prompts(pipe, prompts, seeds, num_inference_steps=STEPS), counted.rows
 
-    free, plain = scored(math.inf, (math.inf, -math.inf))
+    free, plain = scored(math.inf, math.inf)
     ordered = sorted(record.score for record in free)
-    doubt = (ordered[0], ordered[3])  # the two in between
-    inside = [ordered[0] < record.score < ordered[3] for record in free]
+    doubt = ordered[1]  # the two above
+    inside = [record.score > doubt for record in free]
     assert sum(inside) == 2
     first, rows = scored(-math.inf, doubt)
     assert rows == plain + 2 * GUARD.lanes_in_doubt

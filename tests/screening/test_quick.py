@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import SCHEDULERS, CountLanes, build, components
 
+from sd_guard.bench.base import EVERYBODY, NOBODY
 from sd_guard.calibration import Calibrator
 from sd_guard.detection import PrematureDetail
 from sd_guard.evaluation.metrics import auroc
@@ -31,8 +32,6 @@ from sd_guard.statistics.sharpness import FAINTEST_CONTROL
 
 MODEL = ModelSettings(model="tiny/random", steps=8)
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing in ("dog", "cat")]
-EVERYBODY = PrematureDetail(threshold=math.inf, doubt=(-math.inf, math.inf))  # is in doubt
-NOBODY = PrematureDetail(threshold=math.inf, doubt=(math.inf, -math.inf))
 
 
 def guard(detector: Any = EVERYBODY, *, at: float = 0.13, probes: int = 1, other_seeds: int = 0) -> Guard:
@@ -62,9 +61,9 @@ def make(pipe: Any) -> Callable[..., QuickScreener]:
 def middling(make: Callable[..., QuickScreener]) -> PrematureDetail:
     """In doubt about the upper half of PROMPTS at seed 0, and flags about half of these."""
     free = sorted(record.score for record in make(NOBODY).measure(PROMPTS, [0] * len(PROMPTS)))
-    doubt = ((free[2] + free[3]) / 2, math.inf)
-    probed = make(PrematureDetail(doubt=doubt)).measure(PROMPTS, [0] * len(PROMPTS))
-    return PrematureDetail(threshold=float(np.median([r.score for r in probed])), doubt=doubt)
+    doubt = (free[2] + free[3]) / 2
+    probed = make(replace(EVERYBODY, doubt=doubt)).measure(PROMPTS, [0] * len(PROMPTS))
+    return replace(EVERYBODY, threshold=float(np.median([r.score for r in probed])), doubt=doubt)
 
 
 @pytest.mark.parametrize(
