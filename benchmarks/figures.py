@@ -9,18 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkpoints import MAKES
 from benchmarks.results import FOLDER
 
 README, ALL = Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"
-MAKES = {  # of each checkpoint: the ending of its result files, and what it is
-    "bundled": ("", "noise, scaled linear"),
-    "second": ("_unseen", "velocity, linear"),
-    "third": ("_third", "velocity, linear"),
-    "fourth": ("_fourth", "noise, linear"),
-    "fifth": ("_fifth", "noise, cosine"),
-    "sixth": ("_sixth", "noise, scaled linear"),
-    "seventh": ("_seventh", "velocity, scaled linear"),
-}
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->", "<!-- end of figures -->"
 
 
@@ -227,14 +219,14 @@ def best(result: dict[str, Any], family: str) -> str:
 def headline() -> str:
     """README's one table: the guard as it comes, on every checkpoint."""
     rows: list[tuple[Any, ...]] = []
-    for name, (ending, make) in MAKES.items():
-        found, done = load(f"detection{ending}"), load(f"mitigation{ending}")
+    for name, make in MAKES.items():
+        found, done = load(f"detection{make.ending}"), load(f"mitigation{make.ending}")
         shares = [percent(found["flagged"][family]) for family in ("verbatim", "template", "novel", "plain")]
         own = done["verbatim"]
         blocked = own["outcomes"].get("blocked", 0) / own["images"]
         rows.append(
             (
-                f"{name} ({make})",
+                f"{name} ({make.kind})",
                 best(found, "verbatim"),
                 best(found, "template"),
                 " / ".join(shares[:2]),
@@ -260,20 +252,31 @@ def headline() -> str:
 def mitigation_tables() -> list[str]:
     """Of each checkpoint."""
     lines: list[str] = []
-    for name, (ending, _) in MAKES.items():
-        result = load(f"mitigation{ending}")
+    for name, make in MAKES.items():
+        result = load(f"mitigation{make.ending}")
         written, stream = result["provenance"]["git"], result["stream_of_5_percent"]
         lines += [f"{name.capitalize()} checkpoint ({stream:.3f} times; {written}):", mitigation_table(result)]
     return lines
 
 
+def checkpoint(name: str) -> tuple[str, ...]:
+    """One that is not bundled: what it is, the guard and other statistics on it, and what is flagged."""
+    make = MAKES[name]
+    found, done = load(f"detection{make.ending}"), load(f"mitigation{make.ending}")
+    beside = f"the {make.statistics} statistics that come next" if make.statistics else "others"
+    return (
+        f"*The {name}* ({make.kind}). {make.story} {percent(done['verbatim']['copies_before'])} of its verbatim images "
+        f"are copies, {percent(done['template']['copies_before'])} of its templates have the fixed part. The guard, "
+        f"and {beside} ({found['provenance']['git']}):",
+        detection_table(found, make.statistics),
+        f"With a higher AUROC than the guard by then, or by its first look: {above(found)}. Flagged: {flagged(found)}; "
+        f"of the images that reproduce a verbatim source, {percent(done['verbatim']['flagged_of_copies'])}.",
+    )
+
+
 def figures() -> str:
     """All tables."""
-    truth, second, weak = (load(f"reference{ending}")["report"] for ending in ("", "_unseen", "_third"))
-    found = [load(f"detection{ending}") for ending, _ in MAKES.values()]
-    detection, unseen, third, fourth, fifth, sixth, seventh = found
-    names = ("fourth", "fifth", "sixth", "seventh")
-    rough, early, bold, new = (load(f"mitigation{MAKES[name][0]}") for name in names)
+    truth, detection = load("reference")["report"], load("detection")
     overhead, place = load("overhead"), detection["provenance"]
     speed = "; ".join(
         f"{line['ratio_median']:.3f} ({line['ratio_quartiles'][0]:.3f} to {line['ratio_quartiles'][1]:.3f}) "
@@ -301,68 +304,8 @@ def figures() -> str:
             f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
             "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
             f"mean of 200 random halves: {conformal(load('conformal'))} ({revision('conformal')}).",
-            "*A second checkpoint* (v-prediction, linear betas, another world; `benchmarks/reference/second`, in no "
-            "wheel), same default. Two things were changed by looking at it: a plain picture counts as settled only by "
-            "the detail that it has now, since a look at 50 % of the steps had flagged 56 % of its plain images; "
-            "and, by its `tune` rows, only by what it had at the deciding step. The floor is the one that was there.",
-            detection_table(unseen),
-            f"With a higher AUROC than the guard by then: {above(unseen)}. Flagged: {flagged(unseen)}. Its templates "
-            f"are only partly memorized: {percent(second['template_reproduced'])} are reproduced, and "
-            f"{percent(second['verbatim_reproduced'])} of the verbatim prompts.",
-            "*A third checkpoint* (v-prediction, linear betas, another world, an autoencoder of its own; "
-            "`benchmarks/reference/third`, in no wheel). On its `report` rows an earlier detector, settled before it "
-            "was trained, had flagged no ordinary image and 88.8 % of the verbatim ones (`detection_third.json` of "
-            "revision 9e43df9). By the `tune` rows of all three it was then changed: detail is counted inside the "
-            "border of the latents, and from less of it on. It has learned less: of its verbatim prompts "
-            f"{percent(weak['verbatim_reproduced'])} are reproduced, of its templates "
-            f"{percent(weak['template_reproduced'])}. The guard, and the six statistics that come next:",
-            detection_table(third, 6),
-            f"With a higher AUROC than the guard by then: {above(third)}. Flagged: {flagged(third)}.",
-            "*A fourth checkpoint* (noise prediction, linear betas, a world and an autoencoder of its own; "
-            "`benchmarks/reference/fourth`, in no wheel). On its `report` rows an earlier detector, settled before it "
-            "was trained, had flagged 7.5 % of the verbatim images and no template (`detection_fourth.json` of "
-            "revision 3a35ec5): with linear betas the early looks were at noise levels of 108 to 74 times the image, "
-            "where a noise prediction's image is mostly its own error. By the `tune` rows of all four, looks were made "
-            "to begin at a level of 20, and added detail to be held against that of finished pictures, too. "
-            f"{percent(rough['verbatim']['copies_before'])} of its verbatim images are copies, "
-            f"{percent(rough['template']['copies_before'])} of its templates have the fixed part. The guard, and the "
-            "six statistics that come next:",
-            detection_table(fourth, 6),
-            f"With a higher AUROC than the guard by then, or by its first look: {above(fourth)}. "
-            f"Flagged: {flagged(fourth)}; of the images that reproduce a verbatim source, "
-            f"{percent(rough['verbatim']['flagged_of_copies'])}.",
-            "*A fifth checkpoint* (noise prediction, a cosine schedule, a world of its own, the fourth's autoencoder; "
-            "`benchmarks/reference/fifth`, in no wheel). On its `report` rows that detector, which had not seen it, "
-            "flagged every memorized image, and 20.2 % of the novel and 46.9 % of the plain ones "
-            "(`detection_fifth.json` of revision 078a051): its ordinary pictures settle earlier than those that "
-            "*persistence* was fitted on, and later looks flagged them for that alone. By the `tune` rows of all five, "
-            "what later looks add was limited, and its looks begin one step earlier. "
-            f"{percent(early['verbatim']['copies_before'])} of its verbatim images are copies, "
-            f"{percent(early['template']['copies_before'])} of its templates have the fixed part. "
-            "The guard, and the six statistics that come next:",
-            detection_table(fifth, 6),
-            f"With a higher AUROC than the guard by then: {above(fifth)}. Flagged: {flagged(fifth)}; of the images "
-            f"that reproduce a verbatim source, {percent(early['verbatim']['flagged_of_copies'])}.",
-            "*A sixth checkpoint* (noise prediction and betas as Stable Diffusion 1's, a world of its own, the third's "
-            "autoencoder; `benchmarks/reference/sixth`, in no wheel). On its `report` rows a detector that had not "
-            "seen it flagged 87.5 % of the verbatim, 83.3 % of the template and 3.5 % of the novel images "
-            "(`detection_sixth.json` of revision 7c41bf3): small shapes of little contrast were missed, pictures of "
-            "much contrast flagged. By the `tune` rows of all six, images in doubt were then held against another "
-            f"seed. {percent(bold['verbatim']['copies_before'])} of its verbatim images are copies, "
-            f"{percent(bold['template']['copies_before'])} of its templates have the fixed part. "
-            "The guard, and the six statistics that come next:",
-            detection_table(sixth, 6),
-            f"With a higher AUROC than the guard by then: {above(sixth)}. Flagged: {flagged(sixth)}; of the images "
-            f"that reproduce a verbatim source, {percent(bold['verbatim']['flagged_of_copies'])}.",
-            "*A seventh checkpoint* (v-prediction, betas as Stable Diffusion 2's, a world of its own, the fourth's "
-            "autoencoder, 6,000 training steps where the others have 10,000; `benchmarks/reference/seventh`, in no "
-            "wheel) was trained while that was done; its `report` rows were run once, when all was settled, and "
-            f"nothing was chosen by it. {percent(new['verbatim']['copies_before'])} of its verbatim images are copies, "
-            f"{percent(new['template']['copies_before'])} of its templates have the fixed part. The guard, and "
-            "those of the others that cost little:",
-            detection_table(seventh),
-            f"With a higher AUROC than the guard by then: {above(seventh)}. Flagged: {flagged(seventh)}; of the images "
-            f"that reproduce a verbatim source, {percent(new['verbatim']['flagged_of_copies'])}.",
+            "*Other checkpoints* are in folders of `benchmarks/reference/`, and in no wheel; the same default.",
+            *(part for name in MAKES if MAKES[name].story for part in checkpoint(name)),
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
             f"checkpoint ({revision('sweep')}).",
             sweep_table(load("sweep"), load("sweep_unseen")),

@@ -122,7 +122,7 @@ class Calibration:
             raise ValueError(f"calibration {str(path)!r} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"calibration {str(path)!r} is not a calibration file: make one with Calibrator"
+                f"calibration {str(path)!r} is not a calibration file: make one with sd-guard calibrate or Calibrator"
             ) from error
 
 

@@ -53,6 +53,7 @@ BAD = [
     ([*SCREEN, "--on-failure", "raise"], "Invalid value for '--on-failure'"),
     ([*SCREEN, "--device", "tpu"], "--device is 'tpu'"),
     ([*SCREEN, "--calibration", "none.json"], "none.json: no such file"),
+    ([*SCREEN, "--calibration", "ok.csv"], "calibration 'ok.csv' is not a calibration file"),
     ([*SCREEN, "--depth", "deep"], "Invalid value for '--depth'"),
     ([*SCREEN, "--depth", "quick", "--keep-before"], "--keep-before: --depth quick makes no images"),
     ([*SCREEN, "--max-unscored", "2"], "--max-unscored is 2.0; use a share from 0 to 1"),

@@ -75,8 +75,8 @@ class ModelSettings:
                 raise ValueError(f"{name} is {pixels}; use a positive multiple of 8")
         if self.device is not None and not re.fullmatch(r"cpu|(cuda|xpu|mps)(:\d+)?", self.device):
             raise ValueError(f"--device is {self.device!r}; use cpu, cuda, cuda:N, xpu or mps")
-        if self.calibration is not None and not self.calibration.is_file():
-            raise ValueError(f"{self.calibration}: no such file; name a calibration, or leave --calibration out")
+        if self.calibration is not None:
+            _check_calibration(self.calibration)
         folder = Path(self.model)
         if folder.is_dir():
             if not (folder / "model_index.json").is_file():
@@ -88,6 +88,15 @@ class ModelSettings:
     def is_local(self) -> bool:
         """True for a folder: then the network is not touched."""
         return Path(self.model).is_dir()
+
+
+def _check_calibration(path: Path) -> None:
+    """Whether it fits the model is seen when that is there; that it is one is seen before."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; name a calibration, or leave --calibration out")
+    from sd_guard.calibration import Calibration
+
+    Calibration.load(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

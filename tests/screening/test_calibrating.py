@@ -18,6 +18,7 @@ from sd_guard.detection import PrematureDetail
 from sd_guard.fingerprint import take_fingerprint
 from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+from sd_guard.reference import checkpoint_path
 from sd_guard.screening.calibrating import CalibrationSettings, calibrate, plan_calibration, score_prompts
 from sd_guard.screening.quick import QuickScreener
 from sd_guard.screening.settings import ModelSettings
@@ -316,7 +317,7 @@ def test_a_prompt_on_both_lists(settings: CalibrationSettings) -> None:
 
 
 def test_a_calibration_is_not_made_with_one(settings: CalibrationSettings) -> None:
-    settings.out.write_text("{}")
+    settings.out.write_bytes((checkpoint_path() / "calibration.json").read_bytes())
     with pytest.raises(ValueError, match="a calibration is made without one; leave --calibration out"):
         replace(settings, model=replace(settings.model, calibration=settings.out))
 
