@@ -42,7 +42,7 @@ from sd_guard.statistics.base import StepCall
 MODEL = ModelSettings(model=str(checkpoint_path()))
 OTHERS = {
     f"{name}_checkpoint_report": Path(__file__).parent / "reference" / name
-    for name in ("second", "third", "fourth", "fifth", "sixth", "seventh")
+    for name in ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 }
 BATCH = 62  # a quarter of the rows of either split
 SEEDS = range(8, 13)  # of the candidates
