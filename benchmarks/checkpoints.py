@@ -76,4 +76,11 @@ MAKES = {
         "detail was then doubted, a second seed was asked where one does not decide, and the threshold was raised.",
         statistics=None,
     ),
+    "eighth": Make(
+        "_eighth",
+        "velocity, cosine",
+        "A world of its own, the first's autoencoder, 6,000 training steps. It was trained while that was done; its "
+        "`report` rows were run once, when all was settled, and nothing was chosen by it.",
+        statistics=None,
+    ),
 }
