@@ -286,11 +286,10 @@ def figures() -> str:
     return "\n\n".join(
         (
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
-            "bundled checkpoint and some of it of the next five, too. "
+            "bundled checkpoint and some of it of the next six, too. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
-            "raw numbers with revision and versions in `benchmarks/results/`. What names no revision is of today's "
-            "detector and plan. What names one from before 9f4c243 is of an earlier detector, which held no image "
-            "against another seed.",
+            "raw numbers with revision and versions in `benchmarks/results/`. In brackets: the revision that wrote "
+            "them, where it is not said otherwise that of today's detector and plan, 857a67f, or later.",
             f"*The reference.* {percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(truth['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(truth['reads_as_caption']['novel'])} of novel images read as their caption.",
@@ -310,7 +309,7 @@ def figures() -> str:
             f"checkpoint ({revision('sweep')}).",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
-            "the rare phrase removed by hand. The seeds and rows of the first six were seen before, by earlier "
+            "the rare phrase removed by hand. The seeds and rows of the first seven were seen before, by earlier "
             "detectors and plans; what was changed since was chosen on `tune` rows. *Of spared*: copies after, of "
             "prompts whose images the oracle makes no copy of at any seed; of the others, the caption says the "
             "picture. In brackets: lanes where one "

@@ -10,7 +10,7 @@ against a fine schedule. `benchmarks/quick.py` measures this, and what else was 
 
 Scores are the detector's, on a scale of their own: all prompts of a seed share its control, whose detail then tells no
 prompt from another, but seeds apart. So `added_detail` is relative to what the controls of a few fixed seeds have on
-average, and quick depth has a range of doubt of its own. It refuses a calibration of full depth; a
+average, and doubt begins at a value of its own. It refuses a calibration of full depth; a
 `Calibrator` makes one from `QuickScreener.measure`, best at the seeds to be screened.
 """
 
@@ -48,7 +48,7 @@ from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
 # Chosen on `tune` rows: the level on the bundled checkpoint, by AUROC and lanes; that a LID probe adds nothing to what
-# another seed says, on six, each prompt at six seeds.
+# another seed says, on six, each prompt at six seeds; that a second seed does, on seven, at four.
 QUICK: Final = Guard(
     observe_at=(0.06,),
     look_again_at=(),
