@@ -6,10 +6,10 @@ About an hour on two cores. The second make, `benchmarks/reference/second`: `--s
 --beta-schedule linear --autoencoder sd_guard/reference/checkpoint/vae`. The others have autoencoders of their own:
 `third`, `--seed 3 --prediction-type v_prediction --beta-schedule linear`, and `fourth`, `--seed 4 --beta-schedule
 linear`. `fifth` has the fourth's: `--seed 5 --beta-schedule squaredcos_cap_v2 --autoencoder
-benchmarks/reference/fourth/vae`, `sixth` the third's: `--seed 6 --autoencoder benchmarks/reference/third/vae`, `seventh` the
-fourth's: `--seed 7 --prediction-type v_prediction --autoencoder benchmarks/reference/fourth/vae --steps 6000`, and
-`eighth` the first's: `--seed 8 --prediction-type v_prediction --beta-schedule squaredcos_cap_v2 --autoencoder
-sd_guard/reference/checkpoint/vae --steps 6000`.
+benchmarks/reference/fourth/vae`, `sixth` the third's: `--seed 6 --autoencoder benchmarks/reference/third/vae`,
+`seventh` the fourth's: `--seed 7 --prediction-type v_prediction --autoencoder benchmarks/reference/fourth/vae --steps
+6000`, and `eighth` the first's: `--seed 8 --prediction-type v_prediction --beta-schedule squaredcos_cap_v2
+--autoencoder sd_guard/reference/checkpoint/vae --steps 6000`.
 """
 
 from __future__ import annotations
