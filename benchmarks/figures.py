@@ -289,7 +289,8 @@ def figures() -> str:
             "bundled checkpoint and some of it of the next six, too. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`. In brackets: the revision that wrote "
-            "them, where it is not said otherwise that of today's detector and plan, 857a67f, or later.",
+            "them; detection on every checkpoint, and what names 857a67f, a847927 or 3369f9a, is of today's detector "
+            "and plan, what names another of an earlier one.",
             f"*The reference.* {percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(truth['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(truth['reads_as_caption']['novel'])} of novel images read as their caption.",
