@@ -347,7 +347,9 @@ def broken(**changes: Any) -> bytes:
 def test_what_is_no_calibration(tmp_path: Any, content: bytes) -> None:
     path = tmp_path / "c.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"c\.json' is not a calibration file: make one with sd-guard calibrate or Calibrator") as caught:
+    with pytest.raises(
+        ValueError, match=r"c\.json' is not a calibration file: make one with sd-guard calibrate"
+    ) as caught:
         Calibration.load(path)
     assert "\n" not in str(caught.value)
 
