@@ -71,7 +71,7 @@ class PrematureDetail:
         persistence_limit: what all later looks together may add; at least 0.
 
     Raises:
-        ValueError: a threshold that is NaN, or a weight by which a later look could lower a score.
+        ValueError: a threshold or doubt that is NaN, no range, or a weight by which a later look could lower a score.
     """
 
     threshold: float = -0.05
@@ -87,6 +87,10 @@ class PrematureDetail:
         """Refuses a threshold that every score would pass."""
         if math.isnan(self.threshold):
             raise ValueError(f"threshold={self.threshold} is no number, and no score exceeds it: give one")
+        if math.isnan(self.doubt):
+            raise ValueError(f"doubt={self.doubt} is no number: give the score above which to ask; inf asks nothing")
+        if not self.undecided[0] <= self.undecided[1]:
+            raise ValueError(f"undecided={self.undecided} is no range: give lowest and highest; equal ones ask no more")
         if not self.persistence_weight >= 0:
             raise ValueError(f"persistence_weight={self.persistence_weight} is negative; 0 takes no later look")
         if not self.persistence_limit >= 0:
@@ -107,7 +111,8 @@ class PrematureDetail:
     def in_doubt(self, observations: Sequence[Observation]) -> Tensor:
         """(B,) whether the free part lies above `doubt`, or with an answer, whether the score is still `undecided`."""
         if not observations[-1].probed:
-            return self._added(observations) > self.doubt
+            added = self._added(observations)
+            return (added > self.doubt) & added.isfinite()  # nothing can be said of what is not finite
         score, (lowest, highest) = self.score(observations), self.undecided
         return _asked(observations[-1]) & (score > lowest) & (score < highest)
 

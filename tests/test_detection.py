@@ -100,7 +100,7 @@ def test_a_further_question_is_asked_where_one_answer_leaves_the_score_undecided
     assert made == pytest.approx([-0.6, -0.5, 0.0 + 2 * 0.1 + 10 * 0.02, 0.3 + 10 * 0.02, 0.8 + 2 * 0.2], abs=1e-5)
     assert [seen[-1].has("excess_agreement", row) for row in range(5)] == [False, True, True, True, True]
     assert [seen[-1].has("trajectory_lid", row) for row in range(5)] == [False, False, True, True, False]
-    _, again = decide(replace(detector, undecided=(0.6, -0.3)), free(added), [SEED, REST], prober)
+    _, again = decide(replace(detector, undecided=(0.0, 0.0)), free(added), [SEED, REST], prober)
     assert again == pytest.approx([-0.6, -0.5, 0.2, 0.1, 1.2], abs=1e-5)
 
 
@@ -114,6 +114,20 @@ def test_answers_to_one_image_ask_nothing_about_another(added: list[float], say:
         detector, free([added[row] for row in order]), [SEED, REST], Prober(deficit[order], agreement[order])
     )
     assert moved == pytest.approx([whole[row] for row in order], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"threshold": math.nan}, "threshold=nan is no number"),
+        ({"doubt": math.nan}, "doubt=nan is no number"),
+        ({"undecided": (0.6, -0.3)}, r"undecided=\(0.6, -0.3\) is no range"),
+        ({"undecided": (math.nan, 0.6)}, "is no range: give lowest and highest"),
+    ],
+)
+def test_settings_that_would_ask_or_flag_nothing_unnoticed_are_refused(settings: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        PrematureDetail(**settings)
 
 
 def test_later_looks_raise_scores_and_lower_none() -> None:
@@ -144,12 +158,12 @@ def test_only_rows_in_doubt_are_probed(ratios: list[float], doubt: float) -> Non
     observations, deficit = free(ratios), torch.linspace(0.1, 0.2, len(ratios))
     prober = Prober(deficit)
     seen, made = decide(detector, observations, [LID], prober)
-    rows = [row for row, ratio in enumerate(ratios) if ratio > doubt]
+    rows = [row for row, ratio in enumerate(ratios) if ratio > doubt and math.isfinite(ratio)]
     assert prober.asked == ([rows] if rows else [])
     assert [row for row in range(len(ratios)) if seen[-1].has("trajectory_lid", row)] == rows
     for row, ratio in enumerate(ratios):
         if row in rows:
-            assert made[row] == pytest.approx(ratio + 2.0 * deficit[row].item(), abs=1e-5, nan_ok=True)
+            assert made[row] == pytest.approx(ratio + 2.0 * deficit[row].item(), abs=1e-5)
         else:
             assert made[row] == pytest.approx(ratio, abs=0, nan_ok=True)
 

@@ -32,7 +32,7 @@ mitigations = st.one_of(
         PrematureDetail,
         threshold=st.floats(allow_nan=False),
         doubt=st.floats(allow_nan=False),
-        undecided=st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)),
+        undecided=st.lists(st.floats(allow_nan=False), min_size=2, max_size=2).map(sorted).map(tuple),
         lid_weight=st.floats(0, 90),
         ordinary_deficit=st.floats(-1, 1),
     ),
