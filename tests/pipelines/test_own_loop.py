@@ -301,7 +301,10 @@ def test_a_mask_goes_to_the_conditional_lane_only(guarded: Any, guidance_scale: 
     )
 
 
-@pytest.mark.parametrize("mitigation", [Own({"guidance": Constant(1.0)}), Later(mitigation=DelayedGuidance(), at=0.5)])
+UNGUIDED = DelayedGuidance(until=(0.9,))  # longer than where it resumes, so that it has something to change
+
+
+@pytest.mark.parametrize("mitigation", [Own({"guidance": Constant(1.0)}), Later(mitigation=UNGUIDED, at=0.5)])
 def test_bits_of_the_neighbours_that_share_a_generator(guarded: Any, plain: Any, mitigation: Any) -> None:
     for name in ("ddim", "euler_ancestral"):
         expected, state = latents_of(plain(name), "single")
@@ -309,7 +312,7 @@ def test_bits_of_the_neighbours_that_share_a_generator(guarded: Any, plain: Any,
         assert output.records[ROW].outcome == "rescued"
         assert torch.equal(state, own_state)
         assert torch.equal(output.images[OTHERS], expected.images[OTHERS])
-        assert not torch.equal(output.images[ROW], expected.images[ROW])
+        assert (output.images[ROW] - expected.images[ROW]).abs().max() > 0.1  # by more than rounding
 
 
 def test_what_cannot_run_is_refused_when_it_is_configured_and_before_each_call(guarded: Any) -> None:
