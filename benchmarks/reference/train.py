@@ -9,7 +9,8 @@ linear`. `fifth` has the fourth's: `--seed 5 --beta-schedule squaredcos_cap_v2 -
 benchmarks/reference/fourth/vae`, `sixth` the third's: `--seed 6 --autoencoder benchmarks/reference/third/vae`,
 `seventh` the fourth's: `--seed 7 --prediction-type v_prediction --autoencoder benchmarks/reference/fourth/vae --steps
 6000`, and `eighth` the first's: `--seed 8 --prediction-type v_prediction --beta-schedule squaredcos_cap_v2
---autoencoder sd_guard/reference/checkpoint/vae --steps 6000`.
+--autoencoder sd_guard/reference/checkpoint/vae --steps 6000`. `ninth` has one of its own: `--seed 9 --prediction-type
+v_prediction --zero-snr --steps 6000`.
 """
 
 from __future__ import annotations
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction", "sample"))
     schedules = ("scaled_linear", "linear", "squaredcos_cap_v2")
     parser.add_argument("--beta-schedule", default="scaled_linear", choices=schedules)
+    parser.add_argument("--zero-snr", action="store_true", help="the last timestep is pure noise, and sampled from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=3600)
     parser.add_argument("--steps", type=int, default=10_000)
@@ -248,7 +250,7 @@ def main() -> None:
         prediction_type=args.prediction_type,
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=1,
+        **({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if args.zero_snr else {"steps_offset": 1}),
     )
     text, unet = build_denoiser(tokenizer, args.device)
     train_denoiser(latents, tokens, encode([""]), text, unet, scheduler, args.steps, log)
