@@ -21,6 +21,7 @@ from sd_guard.calibration import Calibration
 from sd_guard.fingerprint import take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import check_scheduler
+from sd_guard.pipelines.ahead import Ahead, texts_of
 from sd_guard.pipelines.inputs import GUIDED_TENSORS, LOOP_TENSORS, CallInputs
 from sd_guard.pipelines.outputs import blank_images
 from sd_guard.pipelines.session import Session
@@ -74,6 +75,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
     ]
     _guard: Guard | None = Guard()
     _calibration: Calibration | None = None
+    _ahead: Ahead | None = None
 
     @property
     def guard(self) -> Guard | None:
@@ -158,7 +160,31 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             self._calibration.save(Path(save_directory) / CALIBRATION_FILE)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the host; one thread at a time: a fast tokenizer keeps its padding as state that threads share."""
+        """As of the host; what `encode_ahead` has begun is waited for, and not encoded again."""
+        coming = self._ahead.take(texts_of(self, *args, **kwargs)) if self._ahead is not None else None
+        return coming.result() if coming is not None else self._encode_now(*args, **kwargs)
+
+    def encode_ahead(self, prompts: Sequence[str], *, guidance_scale: float = 7.5) -> None:
+        """Encodes prompts on another thread, for a later call that has just these, one image each.
+
+        For whoever knows the next batch while one is sampled. The latest two such texts are kept; the text encoder must
+        stay as it is meanwhile. Images are the same, bit for bit. Without effect on a pipeline whose parts are moved to
+        the device by turns.
+
+        Args:
+            prompts: of that call, without a negative prompt, `clip_skip` or a LoRA scale.
+            guidance_scale: of that call.
+        """
+        if any(hasattr(part, "_hf_hook") for part in (self.unet, self.text_encoder)):
+            return
+        guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        asked = (list(prompts), self._execution_device, 1, guided)
+        if texts := texts_of(self, *asked):
+            self._ahead = self._ahead or Ahead()
+            self._ahead.begin(texts, lambda: self._encode_now(*asked))
+
+    def _encode_now(self, *args: Any, **kwargs: Any) -> Any:
+        """One thread at a time: a fast tokenizer keeps its padding as state that threads share."""
         with _TOKENIZER:
             return super().encode_prompt(*args, **kwargs)
 

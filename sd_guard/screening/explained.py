@@ -43,6 +43,11 @@ class ExplainedScreener:
         """The other's."""
         return self.screener.threshold
 
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """As the other does."""
+        if expect := getattr(self.screener, "expect", None):
+            expect(jobs)
+
     def screen(self, jobs: Sequence[Job]) -> Screened:
         """The other's rows; an explanation that cannot be given leaves its row without."""
         from sd_guard.pipelines.explanation import look

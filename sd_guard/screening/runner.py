@@ -2,10 +2,10 @@
 
 `jobs.parquet` has every image of the run, in order. Batches are cut from it at multiples of the batch size, whoever
 screens them and whatever was done before, and each becomes one shard, written while the next one is screened (and, but
-on a CPU, its images decoded). So on machines of one kind rows are bit for bit the same with any engine and number of
-workers, and after any interruption. With another batch size, and in a batch that had to be halved, they differ by the
-rounding of the model's dtype; at quick depth not even by that. A kill costs the batch in flight, and the one before
-where that was being written.
+on a CPU, its images decoded); of a process that is alone, the prompts of the next one are encoded meanwhile. So on
+machines of one kind rows are bit for bit the same with any engine and number of workers, and after any interruption.
+With another batch size, and in a batch that had to be halved, they differ by the rounding of the model's dtype; at
+quick depth not even by that. A kill costs the batch in flight, and the one before where that was being written.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def screen(
             plan.progress(shards, processes, metrics_file) as progress,
         ):
             wanted = takewhile(lambda batch: not interrupted(), batches)
-            for shard, reason in screen_batches(plan.store, JobList(file), screener, wanted, new=not shards):
+            jobs, alone = JobList(file), processes.size == 1
+            for shard, reason in screen_batches(plan.store, jobs, screener, wanted, new=not shards, in_turn=alone):
                 progress.add(shard, reason)
             if interrupted():
                 raise KeyboardInterrupt
@@ -171,7 +172,7 @@ def finish_run(plan: Plan) -> Summary:
 
 
 def screen_batches(
-    store: Store, jobs: JobList, screener: Screener, batches: Iterable[range], *, new: bool
+    store: Store, jobs: JobList, screener: Screener, batches: Iterable[range], *, new: bool, in_turn: bool = False
 ) -> Iterator[tuple[Shard, str | None]]:
     """Screens one batch while the one before is written; yields what was written, as of `write_batch`.
 
@@ -181,6 +182,7 @@ def screen_batches(
         screener: Screens them.
         batches: Places of jobs.
         new: Nothing of this run was ever written.
+        in_turn: Batches mostly follow one another, so that the screener may begin with the texts of the next.
 
     Raises:
         ValueError: If the screener raises for every row of the first batch of a new run, which is then no run.
@@ -188,6 +190,9 @@ def screen_batches(
     with ThreadPoolExecutor(1) as thread:
         writing: Future[tuple[Shard, str | None]] | None = None
         for batch in batches:
+            following = range(batch.stop, min(batch.stop + len(batch), len(jobs)))
+            if in_turn and following and (expect := getattr(screener, "expect", None)):
+                expect(jobs.read(following))
             screened = screen_batch(screener, jobs.read(batch))
             if new and len(batch) > 1 and _nothing_made(screened.rows) and not find_shards(store):
                 store.remove(RUN_FILE)

@@ -57,6 +57,9 @@ class Pipeline(Protocol):
     def __call__(self, **arguments: Any) -> Any:
         """Generates images: an `Output`."""
 
+    def encode_ahead(self, prompts: Sequence[str], *, guidance_scale: float = 7.5) -> None:
+        """Begins to encode the prompts of a later call."""
+
 
 @dataclass(frozen=True, slots=True)
 class Screened:
@@ -73,7 +76,10 @@ class Screened:
 
 
 class Screener(Protocol):
-    """Screens batches; a job's row depends on its prompt, its seed and how the screener was made, on no other job."""
+    """Screens batches; a job's row depends on its prompt, its seed and how the screener was made, on no other job.
+
+    One that has a method `expect` is told which jobs are likely to come next, before it screens those before them.
+    """
 
     @property
     def threshold(self) -> float | None:
@@ -105,6 +111,10 @@ class FullScreener:
     def threshold(self) -> float | None:
         """The detector's."""
         return getattr(self.pipe.guard.detector, "threshold", None)
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """Begins with the texts of a batch that is likely to come next."""
+        self.pipe.encode_ahead([job.prompt for job in jobs], guidance_scale=self.model.guidance_scale)
 
     def screen(self, jobs: Sequence[Job]) -> Screened:
         """One call of the pipeline, and with `keep_before` another for the flagged."""

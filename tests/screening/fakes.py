@@ -23,6 +23,7 @@ class Pretender:
     def __init__(self, kill_at: int | None = None) -> None:
         self.guarded = True
         self.calls: list[tuple[str, int, bool]] = []
+        self.expected: list[list[str]] = []
         self.kill_at = kill_at
 
     @property
@@ -36,6 +37,9 @@ class Pretender:
 
     def disable_guard(self) -> None:
         self.guarded = False
+
+    def encode_ahead(self, prompts: list[str], *, guidance_scale: float) -> None:
+        self.expected.append(prompts)
 
     def __call__(self, *, prompt: list[str], generator: list[Any], **arguments: Any) -> Any:
         seeds = [each.initial_seed() for each in generator]

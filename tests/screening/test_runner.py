@@ -188,6 +188,14 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_row(
     assert len(again.calls) == 10 - kept
 
 
+def test_the_prompts_of_the_next_batch_are_named_before_the_one_before_it_is_screened(settings: RunSettings) -> None:
+    pipe = Pretender()
+    run(settings, pipe)
+    jobs = [text for text in PROMPTS for _ in range(2)]
+    size = settings.batch_size
+    assert pipe.expected == [jobs[start : start + size] for start in range(size, len(jobs), size)]
+
+
 class Interrupted(NullScreener):
     """Is sent a signal while it screens its second batch, which it finishes."""
 

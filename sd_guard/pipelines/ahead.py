@@ -1,0 +1,62 @@
+"""Texts that are encoded before the call that needs them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+_SIGNATURE = inspect.signature(StableDiffusionPipeline.encode_prompt)
+_KEPT = 2  # that of the call to come, and that of the one after it
+
+Texts: TypeAlias = tuple[tuple[str, Any], ...]
+
+
+def texts_of(*args: Any, **kwargs: Any) -> Texts | None:
+    """What the host's `encode_prompt` is asked, to be compared; None where embeddings are given.
+
+    Args:
+        args: of `StableDiffusionPipeline.encode_prompt`, the pipeline first.
+        kwargs: likewise.
+    """
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    asked = {name: value for name, value in bound.arguments.items() if name != "self"}
+    if any(isinstance(value, torch.Tensor) for value in asked.values()):
+        return None
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in asked.items())
+
+
+class Ahead:
+    """Encodes texts on threads of their own, and keeps the latest two until they are asked for."""
+
+    def __init__(self) -> None:
+        """Nothing is on its way."""
+        self._coming: dict[Texts, Future[Any]] = {}
+
+    def begin(self, texts: Texts, encode: Callable[[], Any]) -> None:
+        """Has `encode` called, unless these texts are on their way."""
+        if texts in self._coming:
+            return
+        coming: Future[Any] = Future()
+
+        @torch.no_grad()
+        def work() -> None:
+            try:
+                coming.set_result(encode())
+            except BaseException as error:  # to be raised where it is waited for
+                coming.set_exception(error)
+
+        self._coming[texts] = coming
+        for oldest in list(self._coming)[:-_KEPT]:
+            del self._coming[oldest]
+        Thread(target=work, daemon=True).start()
+
+    def take(self, texts: Texts | None) -> Future[Any] | None:
+        """What is on its way for these texts, once; None if nothing is."""
+        return self._coming.pop(texts, None) if texts is not None else None

@@ -1,0 +1,103 @@
+"""Texts that are encoded ahead are those of the call that takes them, and of no other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from pipelines.calls import PROMPTS, latents_of
+from tiny import watching
+
+from sd_guard.pipelines import ahead
+
+
+@contextmanager
+def threads_of(encoder: torch.nn.Module) -> Iterator[list[bool]]:
+    """Of each call of the text encoder, whether it was on this thread; none may build a graph."""
+    here, seen = threading.get_ident(), []
+
+    def look(*_: Any) -> None:
+        assert not torch.is_grad_enabled()
+        seen.append(threading.get_ident() == here)
+
+    hook = encoder.register_forward_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("guidance_scale", "calls"), [(7.5, 2), (1.0, 1)])
+def test_a_call_takes_what_was_encoded_for_it(guarded: Any, plain: Any, guidance_scale: float, calls: int) -> None:
+    pipe, call = guarded(watching()), {"guidance_scale": guidance_scale}
+    expected, state = latents_of(plain(), **call)
+    pipe.encode_ahead(PROMPTS, guidance_scale=guidance_scale)
+    with threads_of(pipe.text_encoder) as seen:
+        output, own_state = latents_of(pipe, **call)
+        assert True not in seen[:-1]  # the last may be the guard's own, for no prompt
+        again, _ = latents_of(pipe, **call)
+        assert seen.count(True) >= calls  # it was taken once
+    assert torch.equal(output.images, expected.images)
+    assert torch.equal(again.images, expected.images)
+    assert torch.equal(state, own_state)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"prompt": PROMPTS[::-1]},
+        {"negative_prompt": ["red"] * len(PROMPTS)},
+        {"guidance_scale": 1.0},
+        {"num_images_per_prompt": 2, "generator": None},
+    ],
+)
+def test_another_call_encodes_its_own(guarded: Any, plain: Any, call: dict[str, Any]) -> None:
+    pipe = guarded(watching())
+    expected, _ = latents_of(plain(), **call)
+    pipe.encode_ahead(PROMPTS)
+    assert torch.equal(latents_of(pipe, **call)[0].images, expected.images)
+
+
+def test_embeddings_that_are_given_are_used(guarded: Any, plain: Any) -> None:
+    pipe = guarded(watching())
+    given = dict(zip(("prompt_embeds", "negative_prompt_embeds"), torch.randn(2, 3, 16, 32), strict=True))
+    expected, _ = latents_of(plain(), prompt=None, **given)
+    pipe.encode_ahead(PROMPTS)
+    assert torch.equal(latents_of(pipe, prompt=None, **given)[0].images, expected.images)
+
+
+def test_what_cannot_be_encoded_is_said_by_the_call_that_needs_it(guarded: Any) -> None:
+    pipe = guarded(watching())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no room")
+
+    hook = pipe.text_encoder.register_forward_pre_hook(fail)
+    pipe.encode_ahead(PROMPTS)
+    with pytest.raises(RuntimeError, match="no room"):
+        latents_of(pipe)
+    hook.remove()
+    assert len(latents_of(pipe)[0].records) == len(PROMPTS)
+
+
+def test_the_latest_two_are_kept() -> None:
+    texts, encoded = ahead.Ahead(), []
+    for name in ("a", "b", "b", "c"):
+        texts.begin((("prompt", name),), lambda name=name: encoded.append(name) or name)
+    assert texts.take((("prompt", "a"),)) is None
+    assert [texts.take((("prompt", name),)).result(10) for name in ("c", "b")] == ["c", "b"]
+    assert texts.take((("prompt", "b"),)) is None
+    assert sorted(encoded) == ["a", "b", "c"]
+
+
+def test_parts_that_take_turns_encode_nothing_ahead(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = guarded(watching())
+    monkeypatch.setattr(pipe.unet, "_hf_hook", object(), raising=False)
+    with threads_of(pipe.text_encoder) as seen:
+        pipe.encode_ahead(PROMPTS)
+    assert pipe._ahead is None
+    assert not seen
