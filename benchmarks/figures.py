@@ -251,11 +251,15 @@ def headline() -> str:
 
 def mitigation_tables() -> list[str]:
     """Of each checkpoint."""
-    lines: list[str] = []
+    lines, drawings = list[str](), load("drawings")
     for name, make in MAKES.items():
-        result = load(f"mitigation{make.ending}")
+        result, drawn = load(f"mitigation{make.ending}"), drawings[name]["report"]
         written, stream = result["provenance"]["git"], result["stream_of_5_percent"]
-        lines += [f"{name.capitalize()} checkpoint ({stream:.3f} times; {written}):", mitigation_table(result)]
+        lines += [
+            f"{name.capitalize()} checkpoint ({stream:.3f} times; {written}). Drawings: "
+            f"{percent(drawn['verbatim']['share'])} (verbatim), {percent(drawn['template']['share'])} (template).",
+            mitigation_table(result),
+        ]
     return lines
 
 
@@ -286,11 +290,10 @@ def figures() -> str:
     return "\n\n".join(
         (
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
-            "bundled checkpoint and some of it of the next six, too. "
+            "bundled checkpoint and some of it of the next six, too, and word ablation's order of the next seven. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`. In brackets: the revision that wrote "
-            "them; detection on every checkpoint, and what names 857a67f, a847927 or 3369f9a, is of today's detector "
-            "and plan, what names another of an earlier one.",
+            "them; the detector is the same since 857a67f.",
             f"*The reference.* {percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(truth['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(truth['reads_as_caption']['novel'])} of novel images read as their caption.",
@@ -310,11 +313,13 @@ def figures() -> str:
             f"checkpoint ({revision('sweep')}).",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
-            "the rare phrase removed by hand. The seeds and rows of the first seven were seen before, by earlier "
+            "the rare phrase removed by hand. The seeds and rows of the first eight were seen before, by earlier "
             "detectors and plans; what was changed since was chosen on `tune` rows. *Of spared*: copies after, of "
             "prompts whose images the oracle makes no copy of at any seed; of the others, the caption says the "
-            "picture. In brackets: lanes where one "
-            "prompt in twenty is memorized, over those of plain sampling, and the revision.",
+            "picture. *Drawings*: of pictures that no model made, which the world itself draws of these captions "
+            "without their phrase, the share that would be counted as copies: what keeps to the caption cannot be "
+            f"expected below it ({revision('drawings')}). In brackets: lanes where one prompt in twenty is "
+            "memorized, over those of plain sampling, and the revision.",
             *mitigation_tables(),
             "*Every mitigation* by itself: its first change, to all verbatim prompts, whatever the guard thinks of "
             "it. Reproduced and on caption are shares of images; diversity is the distance between two seeds, distance "
