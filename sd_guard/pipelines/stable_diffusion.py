@@ -174,8 +174,13 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         Args:
             prompts: of that call, without a negative prompt, `clip_skip` or a LoRA scale.
             guidance_scale: of that call.
+
+        Raises:
+            TypeError: one string, where a list is meant.
         """
-        if any(hasattr(part, "_hf_hook") for part in (self.unet, self.text_encoder)):
+        if isinstance(prompts, str):
+            raise TypeError("prompts is one string; give encode_ahead the list of prompts of the later call")
+        if not prompts or any(hasattr(part, "_hf_hook") for part in (self.unet, self.text_encoder)):
             return
         guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         asked = (list(prompts), self._execution_device, 1, guided)

@@ -94,6 +94,14 @@ def test_the_latest_two_are_kept() -> None:
     assert sorted(encoded) == ["a", "b", "c"]
 
 
+def test_one_string_is_no_list_and_an_empty_list_nothing_to_encode(guarded: Any) -> None:
+    pipe = guarded(watching())
+    with pytest.raises(TypeError, match=r"^prompts is one string; give encode_ahead the list"):
+        pipe.encode_ahead("a dog")
+    pipe.encode_ahead([])
+    assert pipe._ahead is None
+
+
 def test_parts_that_take_turns_encode_nothing_ahead(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = guarded(watching())
     monkeypatch.setattr(pipe.unet, "_hf_hook", object(), raising=False)
