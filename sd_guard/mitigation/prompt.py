@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
 
 from sd_guard.mitigation.base import Change, Subject
 from sd_guard.mitigation.rewriters import Lexicon
@@ -26,17 +25,14 @@ class WordAblation:
     One question is asked at the first clear step of the image's own trajectory, one lane a prompt that was not asked
     about before: what is predicted without these words? First of runs of `max_words`, each of which shares a word with
     the next, so that no two neighbours are missed, and where none of these rids the prediction of the memory, of all
-    such runs; then of the shorter runs within the best of them. Asking runs rather than single words matters: of two
-    names that both carry a memory, neither is missed. Where some removal is enough and none clean, of every other run
-    twice as long, and of those a word shorter than the best: `from the so-and-so collection`. Where none is enough, of
-    these, too, and of the best run together with each other one (`widen`).
+    such runs; then of the shorter runs within the best of them. Where that is not enough either, of runs twice as long,
+    and of the best run together with each other one (`widen`). Asking runs rather than single words matters: of two
+    names that both carry a memory, neither is missed.
 
     A removal rids of the memory that leaves little of the flagged picture, and no other one in its place: without one
     of its describing words, a memory may give way to the next, as finished (`added_detail`). Only such removals are
-    proposed. It is clean where what comes instead is an ordinary prompt's, by both. The best of them is clean or nearly
-    so, takes few words and keeps the broad colours: words that only carry a memory say nothing else, and what the
-    others say is mostly seen in these. Less than ordinary is no merit: a prompt that has lost what it says adds least
-    of all. Strength: words removed.
+    proposed. The best of them leaves least of either, takes few words and keeps the broad colours: words that only
+    carry a memory say nothing else, and what the others say is mostly seen in these. Strength: words removed.
 
     Attributes:
         max_words: of the runs.
@@ -47,8 +43,6 @@ class WordAblation:
         max_resemblance: above which the picture has survived: 0 is as little as the prediction without a prompt
             resembles it, 1 is the picture itself.
         max_detail: `added_detail` above which some finished picture is there; as the default detector's threshold.
-        ordinary_resemblance: below which less is no merit: of the same caption, without its memory.
-        ordinary_detail: likewise, of `added_detail`.
     """
 
     max_words: int = 3
@@ -58,8 +52,6 @@ class WordAblation:
     detail_cost: float = 1.0
     max_resemblance: float = 0.6
     max_detail: float = -0.2
-    ordinary_resemblance: float = 0.4
-    ordinary_detail: float = -0.6
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """Removals that rid of the memory, the cheapest first."""
@@ -76,85 +68,43 @@ class WordAblation:
                 return
             whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
             subject.known.update(zip(("", subject.prompt), subject.predict(whole), strict=True))
-        search = _Search(self, subject, words)
-        search.ask(first)
-        if not search.rid:
-            search.ask(runs)
-        if not search.cost:  # an earlier search, of runs of another length, has left too little to ask for these
+        control, flagged = subject.known[""][None], subject.known[subject.prompt][None]
+        cost: dict[frozenset[int], float] = {}
+        rid: list[frozenset[int]] = []
+
+        def ask(removals: Iterable[Iterable[int]]) -> None:
+            new = [removal for removal in map(frozenset, removals) if 0 < len(removal) < len(words)]
+            new = [removal for removal in dict.fromkeys(new) if removal not in cost]
+            texts = [_without(words, removal) for removal in new]
+            unknown = [text for text in dict.fromkeys(texts) if text not in subject.known]
+            if not new or subject.lanes_left() < len(unknown):
+                return
+            if unknown:
+                answers = subject.predict(subject.encode(unknown))
+                subject.known.update(zip(unknown, answers, strict=True))
+            predicted = torch.stack([subject.known[text] for text in texts])
+            left = what_is_left(predicted, flagged, control)
+            added = added_detail(predicted, control.expand_as(predicted))
+            moved = (predicted - flagged).mean((-2, -1)).norm(dim=1)
+            costs = (left + self.colour_cost * moved + self.detail_cost * added).tolist()
+            gone = ((left <= self.max_resemblance) & (added <= self.max_detail)).tolist()
+            cost.update((each, self.word_cost * len(each) + rest) for each, rest in zip(new, costs, strict=True))
+            rid.extend(removal for removal, is_gone in zip(new, gone, strict=True) if is_gone)
+
+        ask(first)
+        if not rid:
+            ask(runs)
+        if not cost:  # an earlier search, of runs of another length, has left too little to ask for these
             return
-        best = search.best(runs)
-        search.ask(_within(best, 1))
-        if not search.clean and (search.rid or self.widen):
-            longer = [range(run.start, run.stop + width) for run in runs[: -width or None]][::-2]
-            search.ask(longer)
-            if asked := [run for run in longer if frozenset(run) in search.cost]:
-                search.ask(_within(search.best(asked), 2 * width - 1))
-        if self.widen and not search.rid:
-            search.ask((*best, *run) for run in runs)
-        for removal in sorted(search.rid, key=lambda removal: search.cost[removal]):
+        best = min((run for run in runs if frozenset(run) in cost), key=lambda run: cost[frozenset(run)])
+        ask(best[i:j] for i in range(width) for j in range(i + 1, width + 1))
+        if self.widen and not rid:
+            ask(range(run.start, run.stop + width) for run in runs[: -width or None])
+            ask((*best, *run) for run in runs)
+        for removal in sorted(rid, key=lambda removal: cost[removal]):
             rest = _without(words, removal)
             removed = len(subject.prompt.split()) - len(rest.split())
             yield Change("word_ablation", float(removed), subject.encode([rest])[0], rest)
-
-
-@dataclass(slots=True)
-class _Search:
-    """What has been asked about one prompt.
-
-    Attributes:
-        settings: what removals are judged by.
-        subject: with the answers for no prompt and the whole one known.
-        words: of the prompt.
-        cost: of each removal that was asked about.
-        rid: those that rid of the memory.
-        clean: whether one of them leaves an ordinary prediction.
-    """
-
-    settings: WordAblation
-    subject: Subject
-    words: Sequence[str]
-    cost: dict[frozenset[int], float] = field(default_factory=dict[frozenset[int], float])
-    rid: list[frozenset[int]] = field(default_factory=list[frozenset[int]])
-    clean: bool = False
-
-    def ask(self, removals: Iterable[Iterable[int]]) -> None:
-        """Of removals that are new, all that leave a word, if the budget allows them."""
-        known, cost = self.subject.known, self.cost
-        new = [removal for removal in map(frozenset, removals) if 0 < len(removal) < len(self.words)]
-        new = [removal for removal in dict.fromkeys(new) if removal not in cost]
-        texts = [_without(self.words, removal) for removal in new]
-        unknown = [text for text in dict.fromkeys(texts) if text not in known]
-        if not new or self.subject.lanes_left() < len(unknown):
-            return
-        if unknown:
-            known.update(zip(unknown, self.subject.predict(self.subject.encode(unknown)), strict=True))
-        self._judge(new, torch.stack([known[text] for text in texts]))
-
-    def _judge(self, removals: Sequence[frozenset[int]], predicted: Tensor) -> None:
-        """Takes (N, C, H, W) predictions without these words."""
-        settings, known = self.settings, self.subject.known
-        control, flagged = known[""][None], known[self.subject.prompt or ""][None]
-        left = what_is_left(predicted, flagged, control)
-        added = added_detail(predicted, control.expand_as(predicted))
-        moved = (predicted - flagged).mean((-2, -1)).norm(dim=1)
-        gone = (left <= settings.max_resemblance) & (added <= settings.max_detail)
-        clean = gone & (left <= settings.ordinary_resemblance) & (added <= settings.ordinary_detail)
-        cost = left.clamp(min=settings.ordinary_resemblance) + settings.colour_cost * moved
-        cost += settings.detail_cost * added.clamp(min=settings.ordinary_detail)
-        for removal, rest, is_gone in zip(removals, cost.tolist(), gone.tolist(), strict=True):
-            self.cost[removal] = settings.word_cost * len(removal) + rest
-            self.rid += [removal] * is_gone
-        self.clean |= bool(clean.any())
-
-    def best(self, runs: Iterable[range]) -> range:
-        """The cheapest of runs, one of which at least was asked about."""
-        return min((run for run in runs if frozenset(run) in self.cost), key=lambda run: self.cost[frozenset(run)])
-
-
-def _within(run: range, least: int) -> Iterator[range]:
-    """Runs within a run, of `least` words or more."""
-    size = len(run)
-    return (run[i:j] for i in range(size) for j in range(i + least, size + 1))
 
 
 def _without(words: Sequence[str], removal: Collection[int]) -> str:
