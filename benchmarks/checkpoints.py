@@ -80,8 +80,7 @@ MAKES = {
         "_eighth",
         "velocity, cosine",
         "A world of its own, the first's autoencoder, 6,000 training steps. It was trained while that was done; its "
-        "`report` rows were run once, when all was settled. Nothing of the detector was chosen by it; of the plan, "
-        "what word ablation prefers was, by the `tune` rows of all eight.",
+        "`report` rows were run once, when all was settled, and nothing was chosen by it.",
         statistics=None,
     ),
     "ninth": Make(
@@ -89,8 +88,8 @@ MAKES = {
         "velocity, zero SNR",
         "A world and an autoencoder of its own, the schedule of Stable Diffusion 2's later kin: scaled linear, brought "
         "down until the last timestep is pure noise, and sampled from there; 6,000 training steps. It was trained "
-        "while the plan was changed, its `report` rows were run once, when all was settled, and nothing was chosen by "
-        "it.",
+        "when the detector had long been settled, its `report` rows were run once, for mitigation twice (with a search "
+        "for words that was given up), and nothing was chosen by it.",
         statistics=None,
     ),
 }

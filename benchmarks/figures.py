@@ -290,7 +290,7 @@ def figures() -> str:
     return "\n\n".join(
         (
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
-            "bundled checkpoint and some of it of the next six, too, and word ablation's order of the next seven. "
+            "bundled checkpoint and some of it of the next six, too. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`. In brackets: the revision that wrote "
             "them; the detector is the same since 857a67f.",
@@ -313,8 +313,10 @@ def figures() -> str:
             f"checkpoint ({revision('sweep')}).",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
-            "the rare phrase removed by hand. The seeds and rows of the first eight were seen before, by earlier "
-            "detectors and plans; what was changed since was chosen on `tune` rows. *Of spared*: copies after, of "
+            "the rare phrase removed by hand. The seeds and rows of the first seven were seen before, by earlier "
+            "detectors and plans; what was changed since was chosen on `tune` rows. All were also run with a longer "
+            "search for words, which was then given up, by `tune` rows of the third (`mitigation*.json` of revision "
+            "fc34d18). *Of spared*: copies after, of "
             "prompts whose images the oracle makes no copy of at any seed; of the others, the caption says the "
             "picture. *Drawings*: of pictures that no model made, which the world itself draws of these captions "
             "without their phrase, the share that would be counted as copies: what keeps to the caption cannot be "
