@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -192,7 +192,8 @@ def screen_batches(
         for batch in batches:
             following = range(batch.stop, min(batch.stop + len(batch), len(jobs)))
             if in_turn and following and (expect := getattr(screener, "expect", None)):
-                expect(jobs.read(following))
+                with suppress(Exception):  # what is wrong is said when they are screened
+                    expect(jobs.read(following))
             screened = screen_batch(screener, jobs.read(batch))
             if new and len(batch) > 1 and _nothing_made(screened.rows) and not find_shards(store):
                 store.remove(RUN_FILE)

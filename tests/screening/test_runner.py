@@ -196,6 +196,14 @@ def test_the_prompts_of_the_next_batch_are_named_before_the_one_before_it_is_scr
     assert pipe.expected == [jobs[start : start + size] for start in range(size, len(jobs), size)]
 
 
+def test_what_cannot_be_begun_ahead_ends_no_run(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Pretender, "encode_ahead", fail)
+    assert [row["outcome"] for row in run(settings)].count("unscored") == 0
+
+
 class Interrupted(NullScreener):
     """Is sent a signal while it screens its second batch, which it finishes."""
 
