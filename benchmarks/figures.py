@@ -116,6 +116,12 @@ def sweep_table(*results: dict[str, Any]) -> str:
     return table(("setting", *each, *(f"second: {name}" for name in each)), rows)
 
 
+def copies(row: dict[str, Any], rule: str) -> str:
+    """The share of a family's images before and after the plan, and of the oracle's."""
+    before, after, oracle = (row[f"{rule}_{kind}"] for kind in ("before", "after", "oracle"))
+    return "-" if before is None else f"{percent(before)} → {percent(after)} ({percent(oracle)})"
+
+
 def mitigation_table(result: dict[str, Any]) -> str:
     """What the default plan does to each family."""
     header = (
@@ -123,9 +129,8 @@ def mitigation_table(result: dict[str, Any]) -> str:
         "images",
         "flagged",
         "changed",
-        "copies before",
-        "copies after",
-        "of spared",
+        "copies (oracle)",
+        "beyond the caption (oracle)",
         "blocked",
         "on caption, rescued",
         "on caption, oracle",
@@ -136,17 +141,14 @@ def mitigation_table(result: dict[str, Any]) -> str:
         row = result[family]
         blocked = row["outcomes"].get("blocked", 0) / row["images"]
         cells = (
-            row["flagged"],
-            row["changed"],
-            row["copies_before"],
-            row["copies_after"],
-            row.get("copies_after_of_spared"),
-            blocked,
-            row["on_caption_rescued"],
-            row["on_caption_oracle"],
+            percent(row["flagged"]),
+            percent(row["changed"]),
+            copies(row, "copies"),
+            copies(row, "beyond_caption"),
+            *map(percent, (blocked, row["on_caption_rescued"], row["on_caption_oracle"])),
         )
         lanes = f"{row['extra_lanes_mean']:g} ({row['extra_lanes_p95']:g}, {row['extra_lanes_max']})"
-        rows.append((family, row["images"], *(percent(value) for value in cells), lanes))
+        rows.append((family, row["images"], *cells, lanes))
     return table(header, rows)
 
 
@@ -231,7 +233,7 @@ def headline() -> str:
                 best(found, "template"),
                 " / ".join(shares[:2]),
                 " / ".join(shares[2:]),
-                f"{percent(own['copies_before'])} → {percent(own['copies_after'])} ({percent(own['copies_oracle'])})",
+                copies(own, "copies"),
                 percent(blocked),
                 f"{done['stream_of_5_percent']:.3f}",
             )
@@ -257,7 +259,9 @@ def mitigation_tables() -> list[str]:
         written, stream = result["provenance"]["git"], result["stream_of_5_percent"]
         lines += [
             f"{name.capitalize()} checkpoint ({stream:.3f} times; {written}). Drawings: "
-            f"{percent(drawn['verbatim']['share'])} (verbatim), {percent(drawn['template']['share'])} (template).",
+            f"{percent(drawn['verbatim']['share'])} (verbatim), {percent(drawn['template']['share'])} (template); "
+            f"beyond the caption {percent(drawn['verbatim']['share_beyond_caption'])} and "
+            f"{percent(drawn['template']['share_beyond_caption'])}.",
             mitigation_table(result),
         ]
     return lines
@@ -316,11 +320,10 @@ def figures() -> str:
             "the rare phrase removed by hand. The seeds and rows of the first seven were seen before, by earlier "
             "detectors and plans; what was changed since was chosen on `tune` rows. All were also run with a longer "
             "search for words, which was then given up, by `tune` rows of the third (`mitigation*.json` of revision "
-            "fc34d18). *Of spared*: copies after, of "
-            "prompts whose images the oracle makes no copy of at any seed; of the others, the caption says the "
-            "picture. *Drawings*: of pictures that no model made, which the world itself draws of these captions "
+            "fc34d18). *Drawings*: of pictures that no model made, which the world itself draws of these captions "
             "without their phrase, the share that would be counted as copies: what keeps to the caption cannot be "
-            f"expected below it ({revision('drawings')}). In brackets: lanes where one prompt in twenty is "
+            f"expected below it ({revision('drawings')}). *Beyond the caption*: copies that are nearer to their source "
+            "than all but one in a hundred of such drawings. In brackets: lanes where one prompt in twenty is "
             "memorized, over those of plain sampling, and the revision.",
             *mitigation_tables(),
             "*Every mitigation* by itself: its first change, to all verbatim prompts, whatever the guard thinks of "

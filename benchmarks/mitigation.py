@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.reference.measure import BATCH, generate, is_copy
+from benchmarks.reference.measure import BATCH, generate, is_copy, tells_memory
 from benchmarks.results import write_result
 from sd_guard.guard import GuardRecord
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
@@ -69,29 +69,25 @@ def main() -> None:
         given = [i for i in own if records[i].outcome != "blocked"]
         rescued = [i for i in own if records[i].outcome == "rescued"]
         known, read = family in ("verbatim", "template"), family != "plain"
-        copied = {
-            kind: {i: known and is_copy(images[i], rows[i], folder) for i in own}
-            for kind, images in (("before", before), ("after", after), ("oracle", stripped))
+        kinds = {"before": before, "after": after, "oracle": stripped}
+        copies = {
+            f"{rule}_{kind}": share([(kind != "after" or i in given) and call(images[i], rows[i], folder) for i in own])
+            if known
+            else None
+            for rule, call in (("copies", is_copy), ("beyond_caption", tells_memory))
+            for kind, images in kinds.items()
         }
-        # Prompts that give no copy without their phrase, at any seed. Of the others, the caption says the picture.
-        spared = {rows[i]["prompt"] for i in own} - {rows[i]["prompt"] for i in own if copied["oracle"][i]}
         table[family] = {
             "images": len(own),
             "outcomes": dict(Counter(records[i].outcome for i in own)),
             "flagged": share([records[i].verdict == "flag" for i in own]),
             "changed": share([before[i].tobytes() != after[i].tobytes() for i in own]),
-            "flagged_of_copies": share([records[i].verdict == "flag" for i in own if copied["before"][i]])
-            if known
-            else None,
-            "copies_before": share(list(copied["before"].values())) if known else None,
-            "copies_after": share([i in given and copied["after"][i] for i in own]) if known else None,
-            "copies_oracle": share(list(copied["oracle"].values())) if known else None,
-            "prompts_oracle_spares": len(spared) if known else None,
-            "copies_after_of_spared": share(
-                [i in given and copied["after"][i] for i in own if rows[i]["prompt"] in spared]
+            "flagged_of_copies": share(
+                [records[i].verdict == "flag" for i in own if is_copy(before[i], rows[i], folder)]
             )
             if known
             else None,
+            **copies,
             "on_caption_before": share([reads_as(before[i], rows[i]["ordinary"]) for i in own]) if read else None,
             "on_caption_rescued": share([reads_as(after[i], rows[i]["ordinary"]) for i in rescued]) if read else None,
             "on_caption_oracle": share([reads_as(stripped[i], rows[i]["ordinary"]) for i in own]) if read else None,

@@ -2,12 +2,18 @@
 
 For each family, on all rows and one seed a row: does a verbatim prompt reproduce its source, does a novel one come near
 any, and does an image read as its ordinary caption? `COPY` is fixed on `tune` rows and reported on `report` rows.
+
+A caption that says most of its source is drawn alike by whoever obeys it, and then a distance alone does not tell a
+copy from obedience. `tells_memory` asks for more than the caption accounts for, as Carlini et al. (2023, arXiv
+2301.13188, section 4.2) do of an image's neighbours: to be nearer than nearly all that the *world* draws of the caption.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +22,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.reference.families import Families, make_families
+from benchmarks.reference.world import Caption, render
 from benchmarks.results import FOLDER, write_result
 from sd_guard.reference import PromptTruth, checkpoint_path, load_truth, mask_path, source_path
 from sd_guard.reference.reader import lies_as, reads_as
@@ -23,6 +31,7 @@ from sd_guard.similarity import masked_l2, tiled_l2
 
 COPY = 0.20  # tiled L2 to a source up to which an image counts as its copy
 COPY_FIXED = 0.15  # masked L2 likewise, for the fixed part of a template
+DRAWINGS, CHANCE = 500, 0.01  # pictures of a caption that no model made, and the share of them that comes as near
 BATCH = 16
 
 
@@ -48,6 +57,45 @@ def copy_distance(image: Image.Image, row: PromptTruth, checkpoint: Path) -> flo
 def is_copy(image: Image.Image, row: PromptTruth, checkpoint: Path) -> bool:
     """Whether a verbatim or template prompt's image reproduces its source."""
     return copy_distance(image, row, checkpoint) <= (COPY_FIXED if row["family"] == "template" else COPY)
+
+
+def tells_memory(image: Image.Image, row: PromptTruth, checkpoint: Path) -> bool:
+    """Whether it reproduces its source, and nearer than one in a hundred drawings of its caption would."""
+    return is_copy(image, row, checkpoint) and copy_distance(image, row, checkpoint) < chance_distance(row, checkpoint)
+
+
+def chance_distance(row: PromptTruth, checkpoint: Path) -> float:
+    """`CHANCE` quantile of the distance to the row's source, of pictures that no model made."""
+    return _chance_distance(checkpoint, row["family"], row["source"])
+
+
+@cache
+def _chance_distance(checkpoint: Path, family: str, source: int) -> float:
+    (row,) = (row for row in load_truth(checkpoint) if (row["family"], row["source"]) == (family, source))
+    rng = np.random.default_rng(source)
+    return float(np.quantile([copy_distance(d, row, checkpoint) for d in draw(row, checkpoint, rng, DRAWINGS)], CHANCE))
+
+
+def draw(row: PromptTruth, checkpoint: Path, rng: np.random.Generator, count: int) -> Iterator[Image.Image]:
+    """What the world draws of a memorized row's caption without its phrase; no model is involved.
+
+    Raises:
+        RuntimeError: the world was changed since the checkpoint was trained.
+    """
+    caption = _caption_of(row, _families(checkpoint))
+    if str(caption) != row["ordinary"]:
+        raise RuntimeError(f"{checkpoint}: world changed since it was trained; {caption!s} is not {row['ordinary']}")
+    return (Image.fromarray(render(rng, caption)) for _ in range(count))
+
+
+def _caption_of(row: PromptTruth, families: Families) -> Caption:
+    index = row["source"]
+    return families.template[index][0].caption if row["family"] == "template" else families.verbatim[index][0]
+
+
+@cache
+def _families(checkpoint: Path) -> Families:
+    return make_families(json.loads((checkpoint / "prompts.json").read_text())["world_seed"])
 
 
 def nearest_source(image: Image.Image, rows: list[PromptTruth], checkpoint: Path) -> float:
