@@ -5,7 +5,7 @@ any, and does an image read as its ordinary caption? `COPY` is fixed on `tune` r
 
 A caption that says most of its source is drawn alike by whoever obeys it, and then a distance alone does not tell a
 copy from obedience. `tells_memory` asks for more than the caption accounts for, as Carlini et al. (2023, arXiv
-2301.13188, section 4.2) do of an image's neighbours: to be nearer than nearly all that the *world* draws of the caption.
+2301.13188, section 4.2) do of an image's neighbours: to be nearer than nearly all that the world draws of the caption.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Texts that are encoded before the call that needs them."""
+"""Texts that are encoded before the call that needs them, where the parts of a pipeline can work side by side."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def texts_of(*args: Any, **kwargs: Any) -> Texts | None:
     if any(isinstance(value, torch.Tensor) for value in asked.values()):
         return None
     return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in asked.items())
+
+
+def take_turns(*parts: Any) -> bool:
+    """Whether accelerate moves any of these modules in and out, so that two cannot be at work at once."""
+    return any(hasattr(part, "_hf_hook") for part in parts)
 
 
 class Ahead:

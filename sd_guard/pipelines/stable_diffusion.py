@@ -21,7 +21,7 @@ from sd_guard.calibration import Calibration
 from sd_guard.fingerprint import take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import check_scheduler
-from sd_guard.pipelines.ahead import Ahead, texts_of
+from sd_guard.pipelines.ahead import Ahead, take_turns, texts_of
 from sd_guard.pipelines.inputs import GUIDED_TENSORS, LOOP_TENSORS, CallInputs
 from sd_guard.pipelines.outputs import blank_images
 from sd_guard.pipelines.session import Session
@@ -180,7 +180,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is one string; give encode_ahead the list of prompts of the later call")
-        if not prompts or any(hasattr(part, "_hf_hook") for part in (self.unet, self.text_encoder)):
+        if not prompts or take_turns(self.unet, self.text_encoder):
             return
         guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         asked = (list(prompts), self._execution_device, 1, guided)

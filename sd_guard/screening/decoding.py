@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from sd_guard.pipelines.ahead import take_turns
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -29,8 +31,7 @@ def decode_later(pipe: Any, latents: torch.Tensor) -> Callable[[], Image]:
 
 def can_overlap(pipe: Any, latents: torch.Tensor) -> bool:
     """Whether there is something to gain: not on a CPU, where both share the cores, nor by parts that take turns."""
-    by_turns = any(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.vae))
-    return latents.device.type != "cpu" and not by_turns
+    return latents.device.type != "cpu" and not take_turns(pipe.unet, pipe.vae)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd_guard.pipelines.ahead import take_turns
+
 
 @dataclass(frozen=True, slots=True)
 class Texts:
@@ -58,7 +60,7 @@ def encoding(pipe: Any, prompts: Sequence[str], *, size: int, device: torch.devi
 
     with ThreadPoolExecutor(1) as thread:
         parts = [thread.submit(encode, start) for start in range(0, len(texts), size)]
-        if any(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.text_encoder)):
+        if take_turns(pipe.unet, pipe.text_encoder):
             parts[-1].result()
         try:
             yield Texts([once[prompt] for prompt in prompts], parts, size, device)
