@@ -19,8 +19,8 @@ class SummaryMask:
     """The image does not attend to the tokens that sum its prompt up: the end of the text, and the padding after it.
 
     After Ren et al. (ECCV 2024, arXiv 2403.11052), who find that a memory hangs on them. Their logits are masked in the
-    conditional lane, at every step and by whatever kernel is in use. The paper was not at hand: by its published code
-    the logit of the *first* token is multiplied by 1.25 besides, which a mask cannot do, and is left out.
+    conditional lane, at every step and by whatever kernel is in use. The paper was not at hand: by the authors' code
+    (renjie3/MemAttn) the logit of the *first* token is multiplied by 1.25 besides; a mask cannot, and it is left out.
 
     Strength: tokens masked. Costs nothing to propose; an image that attends otherwise is sampled to the end in a loop
     of its own: as many lanes a step as the call's.

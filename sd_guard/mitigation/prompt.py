@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu
 
 from sd_guard.mitigation.base import Change, Subject
 from sd_guard.mitigation.rewriters import Lexicon
 from sd_guard.statistics.sharpness import added_detail, what_is_left
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search
+_LESS_THAN_ORDINARY = 0.3  # what a resemblance below the ordinary one counts for
+_WORD_AROUND = 0.01  # what each word less has to make in resemblance and added detail, once it is known where to look
 _DRAWS = 1000  # tokens that are drawn at most for one that is a word
 
 RandomKind: TypeAlias = Literal["add", "replace", "number", "repeat"]
@@ -25,14 +29,18 @@ class WordAblation:
     One question is asked at the first clear step of the image's own trajectory, one lane a prompt that was not asked
     about before: what is predicted without these words? First of runs of `max_words`, each of which shares a word with
     the next, so that no two neighbours are missed, and where none of these rids the prediction of the memory, of all
-    such runs; then of the shorter runs within the best of them. Where that is not enough either, of runs twice as long,
-    and of the best run together with each other one (`widen`). Asking runs rather than single words matters: of two
-    names that both carry a memory, neither is missed.
+    such runs; then of the shorter runs within the best of them. Asking runs rather than single words matters: of two
+    names that both carry a memory, neither is missed. Where every removal leaves more of the picture than is ordinary,
+    of runs twice as long, and of those a word shorter than the best: `from the so-and-so collection`. Where none is
+    enough, of the best run together with each other one (`widen`).
 
     A removal rids of the memory that leaves little of the flagged picture, and no other one in its place: without one
     of its describing words, a memory may give way to the next, as finished (`added_detail`). Only such removals are
-    proposed. The best of them leaves least of either, takes few words and keeps the broad colours: words that only
-    carry a memory say nothing else, and what the others say is mostly seen in these. Strength: words removed.
+    proposed. The best of them leaves little of either, takes few words and keeps the broad colours: words that only
+    carry a memory say nothing else, and what the others say is mostly seen in these. Less than ordinary is little
+    merit: a prompt that has lost what it says leaves least of all. But once it is known where the memory hangs, the
+    words around go, too, as long as the colours stay and less is left: at lower noise, one of two names is enough to
+    find it again. Strength: words removed.
 
     Attributes:
         max_words: of the runs.
@@ -43,15 +51,21 @@ class WordAblation:
         max_resemblance: above which the picture has survived: 0 is as little as the prediction without a prompt
             resembles it, 1 is the picture itself.
         max_detail: `added_detail` above which some finished picture is there; as the default detector's threshold.
+        ordinary_resemblance: of a prompt that says the same without the memory; less counts for a third.
+        ordinary_detail: likewise, of `added_detail`; less counts for nothing.
+        colour_slack: by how much more the words around may move the channels' means; below 0, they stay.
     """
 
     max_words: int = 3
     widen: bool = True
-    word_cost: float = 0.05
+    word_cost: float = 0.08
     colour_cost: float = 0.15
     detail_cost: float = 1.0
     max_resemblance: float = 0.6
     max_detail: float = -0.2
+    ordinary_resemblance: float = 0.4
+    ordinary_detail: float = -0.8
+    colour_slack: float = 0.2
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """Removals that rid of the memory, the cheapest first."""
@@ -68,43 +82,122 @@ class WordAblation:
                 return
             whole = torch.stack([subject.empty_embeds, subject.prompt_embeds])
             subject.known.update(zip(("", subject.prompt), subject.predict(whole), strict=True))
-        control, flagged = subject.known[""][None], subject.known[subject.prompt][None]
-        cost: dict[frozenset[int], float] = {}
-        rid: list[frozenset[int]] = []
-
-        def ask(removals: Iterable[Iterable[int]]) -> None:
-            new = [removal for removal in map(frozenset, removals) if 0 < len(removal) < len(words)]
-            new = [removal for removal in dict.fromkeys(new) if removal not in cost]
-            texts = [_without(words, removal) for removal in new]
-            unknown = [text for text in dict.fromkeys(texts) if text not in subject.known]
-            if not new or subject.lanes_left() < len(unknown):
-                return
-            if unknown:
-                answers = subject.predict(subject.encode(unknown))
-                subject.known.update(zip(unknown, answers, strict=True))
-            predicted = torch.stack([subject.known[text] for text in texts])
-            left = what_is_left(predicted, flagged, control)
-            added = added_detail(predicted, control.expand_as(predicted))
-            moved = (predicted - flagged).mean((-2, -1)).norm(dim=1)
-            costs = (left + self.colour_cost * moved + self.detail_cost * added).tolist()
-            gone = ((left <= self.max_resemblance) & (added <= self.max_detail)).tolist()
-            cost.update((each, self.word_cost * len(each) + rest) for each, rest in zip(new, costs, strict=True))
-            rid.extend(removal for removal, is_gone in zip(new, gone, strict=True) if is_gone)
-
-        ask(first)
-        if not rid:
-            ask(runs)
-        if not cost:  # an earlier search, of runs of another length, has left too little to ask for these
+        search = _Search(self, subject, words)
+        search.ask(first)
+        if not search.rid:
+            search.ask(runs)
+        if not search.asked:  # an earlier search, of runs of another length, has left too little to ask for these
             return
-        best = min((run for run in runs if frozenset(run) in cost), key=lambda run: cost[frozenset(run)])
-        ask(best[i:j] for i in range(width) for j in range(i + 1, width + 1))
-        if self.widen and not rid:
-            ask(range(run.start, run.stop + width) for run in runs[: -width or None])
-            ask((*best, *run) for run in runs)
-        for removal in sorted(rid, key=lambda removal: cost[removal]):
+        best = search.best(runs)
+        search.ask(best[i:j] for i in range(width) for j in range(i + 1, width + 1))
+        if search.least_left() > self.ordinary_resemblance and (search.rid or self.widen):
+            longer = [range(run.start, run.stop + width) for run in runs[: -width or None]]
+            search.ask(longer)
+            if any(frozenset(run) in search.asked for run in longer):
+                longest = search.best(longer)
+                search.ask((longest[1:], longest[:-1]))
+        if self.widen and not search.rid:
+            search.ask((*best, *run) for run in runs)
+        for removal in search.ranked():
             rest = _without(words, removal)
             removed = len(subject.prompt.split()) - len(rest.split())
             yield Change("word_ablation", float(removed), subject.encode([rest])[0], rest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What is predicted without some words.
+
+    Attributes:
+        left: of the flagged picture.
+        added: detail, beside the prediction without a prompt.
+        moved: distance of the channels' means from those of the flagged picture.
+        cost: by which removals are compared.
+    """
+
+    left: float
+    added: float
+    moved: float
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What was asked about one prompt.
+
+    Attributes:
+        settings: what removals are judged by.
+        subject: with the answers for no prompt and the whole one known.
+        words: of the prompt.
+        asked: removals, and what is predicted without them.
+    """
+
+    settings: WordAblation
+    subject: Subject
+    words: Sequence[str]
+    asked: dict[frozenset[int], _Answer] = field(default_factory=dict[frozenset[int], _Answer])
+
+    def ask(self, removals: Iterable[Iterable[int]]) -> None:
+        """Of removals that are new, all that leave a word, if the budget allows them."""
+        known = self.subject.known
+        new = [removal for removal in map(frozenset, removals) if 0 < len(removal) < len(self.words)]
+        new = [removal for removal in dict.fromkeys(new) if removal not in self.asked]
+        texts = [_without(self.words, removal) for removal in new]
+        unknown = [text for text in dict.fromkeys(texts) if text not in known]
+        if not new or self.subject.lanes_left() < len(unknown):
+            return
+        if unknown:
+            known.update(zip(unknown, self.subject.predict(self.subject.encode(unknown)), strict=True))
+        self._judge(new, torch.stack([known[text] for text in texts]))
+
+    def _judge(self, removals: Sequence[frozenset[int]], predicted: Tensor) -> None:
+        """Takes (N, C, H, W) predictions without these words."""
+        settings, known = self.settings, self.subject.known
+        control, flagged = known[""][None], known[self.subject.prompt or ""][None]
+        left = what_is_left(predicted, flagged, control)
+        added = added_detail(predicted, control.expand_as(predicted))
+        moved = (predicted - flagged).mean((-2, -1)).norm(dim=1)
+        cost = leaky_relu(left - settings.ordinary_resemblance, _LESS_THAN_ORDINARY) + settings.colour_cost * moved
+        cost += settings.detail_cost * (added - settings.ordinary_detail).clamp(min=0)
+        values = (x.tolist() for x in (left, added, moved, cost))
+        for removal, near, more, far, rest in zip(removals, *values, strict=True):
+            self.asked[removal] = _Answer(near, more, far, settings.word_cost * len(removal) + rest)
+
+    @property
+    def rid(self) -> list[frozenset[int]]:
+        """Removals that rid of the memory."""
+        settings = self.settings
+        return [
+            removal
+            for removal, answer in self.asked.items()
+            if answer.left <= settings.max_resemblance and answer.added <= settings.max_detail
+        ]
+
+    def least_left(self) -> float:
+        """Of the flagged picture, by the removals that rid of the memory; 1 if there are none."""
+        return min((self.asked[removal].left for removal in self.rid), default=1.0)
+
+    def best(self, runs: Iterable[range]) -> range:
+        """The cheapest of runs, one of which at least was asked about."""
+        return min(
+            (run for run in runs if frozenset(run) in self.asked), key=lambda run: self.asked[frozenset(run)].cost
+        )
+
+    def ranked(self) -> Iterator[frozenset[int]]:
+        """Removals that rid of the memory, the cheapest first, each with the words around it that may go, too."""
+        rid = self.rid
+        cheapest = sorted(rid, key=lambda removal: self.asked[removal].cost)
+        return iter(dict.fromkeys(self._grown(removal, rid) for removal in cheapest))
+
+    def _grown(self, removal: frozenset[int], rid: Iterable[frozenset[int]]) -> frozenset[int]:
+        """Of the removals around this one that move the colours little further, the one that leaves least."""
+        size = max(self.settings.max_words, len(removal))
+        far = self.asked[removal].moved + self.settings.colour_slack
+        around = (each for each in rid if removal < each and len(each) <= size and self.asked[each].moved <= far)
+        return min(
+            (removal, *around),
+            key=lambda each: self.asked[each].left + self.asked[each].added + _WORD_AROUND * len(each),
+        )
 
 
 def _without(words: Sequence[str], removal: Collection[int]) -> str:

@@ -96,13 +96,48 @@ def test_of_removals_that_do_the_same_the_one_of_fewest_words_goes_first() -> No
 
 
 def test_a_word_is_worth_a_little_of_the_picture() -> None:
-    """Without b nothing is left, without c a tenth of the picture: then c is left out only if it comes for free."""
+    """Without b a tenth of the picture is left, without c, too, nothing: then c goes only if it comes for free."""
     world = World(lambda prompt: {("a", "c"): 0.0, ("a", "b"): 0.01}.get(tuple(prompt), 1.0))
     assert next(WordAblation(max_words=1).propose(world.subject("a b c"))).prompt == "a c"
     world = World(lambda prompt: 0.0 if prompt == ["a"] else 0.01 if prompt == ["a", "c"] else 1.0)
-    dear, free = (WordAblation(word_cost=cost, detail_cost=0.0) for cost in (0.5, 0.0))
+    dear, free = (WordAblation(word_cost=cost, detail_cost=0.0, colour_slack=-1.0) for cost in (0.5, 0.0))
     assert next(dear.propose(world.subject("a b c"))).prompt == "a c"
     assert next(free.propose(world.subject("a b c"))).prompt == "a"
+
+
+def test_the_second_of_two_names_goes_too() -> None:
+    """One of them is enough to find the memory again at lower noise, when it is too late."""
+    shown = {2: 1.0, 1: 0.02, 0: 0.0}
+    world = World(lambda prompt: shown[len({"zyx", "qwv"} & {*prompt})])
+    assert next(WordAblation().propose(world.subject("a red house zyx qwv"))).prompt == "a red house"
+    alone = next(WordAblation(colour_slack=-1.0).propose(world.subject("a red house zyx qwv")))
+    assert (alone.strength, len({"zyx", "qwv"} & {*(alone.prompt or "").split()})) == (1.0, 1)
+
+
+def test_words_around_stay_where_the_colours_would_go() -> None:
+    """Of the two names, the second says the colour, too."""
+    world = World(lambda prompt: {2: 1.0, 1: 0.02, 0: 0.0}[len({"zyx", "red"} & {*prompt})])
+
+    def predict(embeds: Tensor) -> Tensor:
+        texts = [world.prompts[int(e[0, 0])].split() if e[0, 0] >= 0 else ["red"] for e in embeds]
+        colour = torch.tensor([float("red" not in text) for text in texts]).reshape(-1, 1, 1, 1)
+        return World.predict(world, embeds) + colour
+
+    subject = replace(world.subject("a house of zyx red"), predict=predict)
+    assert next(WordAblation().propose(subject)).prompt == "a house of red"
+
+
+@pytest.mark.parametrize(("share", "asked"), [(0.05, True), (0.01, False)])
+def test_longer_phrases_are_asked_about_where_too_much_is_left(share: float, asked: bool) -> None:
+    """Of the picture without red: half of its edges are more than ordinary, a tenth is not."""
+
+    def suspicion(prompt: list[str]) -> float:
+        return 0.0 if not {*"pqrst"} & {*prompt} else 1.0 if "red" in prompt else share
+
+    changes = WordAblation().propose(World(suspicion).subject("a red c d p q r s t"))
+    proposed = [change.prompt for change in changes]
+    assert "a c d p q r s t" in proposed
+    assert ("a red c d" in proposed) == asked
 
 
 def test_words_that_say_something_are_kept() -> None:
