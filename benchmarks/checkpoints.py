@@ -80,7 +80,8 @@ MAKES = {
         "_eighth",
         "velocity, cosine",
         "A world of its own, the first's autoencoder, 6,000 training steps. It was trained while that was done; its "
-        "`report` rows were run once, when all was settled, and nothing was chosen by it.",
+        "`report` rows were run once, when all was settled. Nothing of the detector was chosen by it; of the plan, "
+        "what word ablation prefers was, by the `tune` rows of all eight.",
         statistics=None,
     ),
     "ninth": Make(
@@ -88,8 +89,9 @@ MAKES = {
         "velocity, zero SNR",
         "A world and an autoencoder of its own, the schedule of Stable Diffusion 2's later kin: scaled linear, brought "
         "down until the last timestep is pure noise, and sampled from there; 6,000 training steps. It was trained "
-        "when the detector had long been settled, its `report` rows were run once, for mitigation twice (with a search "
-        "for words that was given up), and nothing was chosen by it.",
+        "when the detector had long been settled, and nothing was chosen by it; on its `tune` rows, word ablation as "
+        "it is now was held against what it was before. Its `report` rows were run once for detection, and three times "
+        "for mitigation (one with a search for words that was given up, one each before and after that comparison).",
         statistics=None,
     ),
 }

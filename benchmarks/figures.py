@@ -294,7 +294,7 @@ def figures() -> str:
     return "\n\n".join(
         (
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
-            "bundled checkpoint and some of it of the next six, too. "
+            "bundled checkpoint and some of it of the next six, too, and what word ablation prefers of the next seven. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`. In brackets: the revision that wrote "
             "them; the detector is the same since 857a67f.",
@@ -317,9 +317,9 @@ def figures() -> str:
             f"checkpoint ({revision('sweep')}).",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
-            "the rare phrase removed by hand. The seeds and rows of the first seven were seen before, by earlier "
-            "detectors and plans; what was changed since was chosen on `tune` rows. All were also run with a longer "
-            "search for words, which was then given up, by `tune` rows of the third (`mitigation*.json` of revision "
+            "the rare phrase removed by hand. All these rows and seeds were seen before, by earlier detectors and "
+            "plans; what was changed since was chosen on `tune` rows (an earlier change to the search for words, given "
+            "up by `tune` rows of the third when all had been run with it, is in `mitigation*.json` of revision "
             "fc34d18). *Drawings*: of pictures that no model made, which the world itself draws of these captions "
             "without their phrase, the share that would be counted as copies: what keeps to the caption cannot be "
             f"expected below it ({revision('drawings')}). *Beyond the caption*: copies that are nearer to their source "
@@ -331,8 +331,7 @@ def figures() -> str:
             "that from the unguarded image; lanes, seconds and memory are beyond an unguarded batch of four. The last "
             "column is of `tune` rows, `benchmarks/results/mitigations_tune.json`; good ones are no copy, and on "
             f"caption. Revisions {load('mitigations')['provenance']['git']} and, for the last column, "
-            f"{load('mitigations_tune')['provenance']['git']}; up to 7ff6bca, the search for words did not look for "
-            "other memories.",
+            f"{load('mitigations_tune')['provenance']['git']}.",
             mitigations_table(load("mitigations"), load("mitigations_tune")),
             f"*Explanation*: a rare word is named first by {attribution(load('attribution'))} "
             f"({revision('attribution')}).",
