@@ -19,8 +19,8 @@ from sd_guard.settings import guard_from_json, guard_to_json
 shares = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4, unique=True)
 mitigations = st.one_of(
     st.builds(WordAblation, max_words=st.integers(1, 6), widen=st.booleans()),
-    st.builds(EmbeddingNoise, strengths=st.lists(st.floats(0.1, 9), max_size=3).map(tuple)),
-    st.builds(DelayedGuidance, until=st.lists(st.floats(0, 1), max_size=3).map(tuple)),
+    st.builds(EmbeddingNoise, strengths=st.lists(st.floats(0.1, 9), min_size=1, max_size=3).map(tuple)),
+    st.builds(DelayedGuidance, until=st.lists(st.floats(0.01, 1), min_size=1, max_size=3).map(tuple)),
 )
 
 

@@ -7,6 +7,7 @@ a call without guidance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,10 @@ class DelayedGuidance:
     """
 
     until: tuple[float, ...] = (0.1, 0.2)
+
+    def __post_init__(self) -> None:
+        """Refuses what is no share of the steps."""
+        _check_until(self.until)
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """One change a transition point; costs no lanes to propose."""
@@ -79,6 +84,11 @@ class LowerGuidance:
 
     scales: tuple[float, ...] = (3.0, 1.0)
 
+    def __post_init__(self) -> None:
+        """Refuses scales that no sampler takes."""
+        if not self.scales or not all(math.isfinite(scale) for scale in self.scales):
+            raise ValueError(f"scales={self.scales} must hold guidance scales, at least one")
+
     def propose(self, subject: Subject) -> Iterator[Change]:
         """One change a scale that is lower than the call's."""
         for scale in self.scales:
@@ -130,6 +140,7 @@ class OppositeGuidance:
         """Refuses a scale that does not lead away."""
         if not self.before < 0:
             raise ValueError(f"before={self.before} is not below 0; use DynamicTransition or DelayedGuidance for that")
+        _check_until(self.until)
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """One change a transition point."""
@@ -138,3 +149,8 @@ class OppositeGuidance:
             assert after is not None
             guidance = Transition(self.before, after, share)
             yield Change("opposite_guidance", share, subject.prompt_embeds, guidance=guidance)
+
+
+def _check_until(until: tuple[float, ...]) -> None:
+    if not until or not all(0 < share <= 1 for share in until):
+        raise ValueError(f"until={until} must hold shares of the steps in (0, 1], at least one")

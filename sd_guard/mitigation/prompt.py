@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
@@ -66,6 +67,14 @@ class WordAblation:
     ordinary_resemblance: float = 0.4
     ordinary_detail: float = -0.8
     colour_slack: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuses settings by which nothing could be found."""
+        if self.max_words < 1:
+            raise ValueError(f"max_words={self.max_words} removes nothing; give at least 1")
+        for name in ("max_resemblance", "max_detail"):
+            if math.isnan(getattr(self, name)):
+                raise ValueError(f"{name}=nan is passed by nothing; give a number")
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """Removals that rid of the memory, the cheapest first."""
@@ -223,6 +232,11 @@ class EmbeddingNoise:
     """
 
     strengths: tuple[float, ...] = (1.5, 3.0, 5.0)
+
+    def __post_init__(self) -> None:
+        """Refuses strengths that change nothing."""
+        if not self.strengths or not all(0 < strength < math.inf for strength in self.strengths):
+            raise ValueError(f"strengths={self.strengths} must hold numbers above 0, at least one")
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """One change a strength; the noise depends on the subject's seed only."""

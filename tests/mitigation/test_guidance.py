@@ -79,3 +79,18 @@ def test_a_call_without_guidance_has_none_to_change(mitigation: Any) -> None:
 def test_opposite_guidance_leads_away() -> None:
     with pytest.raises(ValueError, match=r"before=0.5 is not below 0; use DynamicTransition"):
         OppositeGuidance(before=0.5)
+
+
+@pytest.mark.parametrize("until", [(), (0.0,), (0.2, 1.1), (float("nan"),)])
+@pytest.mark.parametrize("mitigation", [DelayedGuidance, OppositeGuidance])
+def test_a_transition_that_is_no_share_of_the_steps_is_refused(
+    mitigation: type[DelayedGuidance | OppositeGuidance], until: tuple[float, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"until=\(.*\) must hold shares of the steps in \(0, 1\], at least one"):
+        mitigation(until=until)
+
+
+@pytest.mark.parametrize("scales", [(), (float("nan"),)])
+def test_scales_that_no_sampler_takes_are_refused(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"scales=\(.*\) must hold guidance scales, at least one"):
+        LowerGuidance(scales=scales)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,23 @@ def test_a_word_is_worth_a_little_of_the_picture() -> None:
     dear, free = (WordAblation(word_cost=cost, detail_cost=0.0, colour_slack=-1.0) for cost in (0.5, 0.0))
     assert next(dear.propose(world.subject("a b c"))).prompt == "a c"
     assert next(free.propose(world.subject("a b c"))).prompt == "a"
+
+
+@pytest.mark.parametrize(
+    ("mitigation", "changes", "message"),
+    [
+        (WordAblation, {"max_words": 0}, "max_words=0 removes nothing"),
+        (WordAblation, {"max_resemblance": float("nan")}, "max_resemblance=nan is passed by nothing"),
+        (EmbeddingNoise, {"strengths": ()}, r"strengths=\(\) must hold numbers above 0"),
+        (EmbeddingNoise, {"strengths": (1.5, -1.0)}, r"strengths=\(1.5, -1.0\) must hold"),
+        (EmbeddingNoise, {"strengths": (float("nan"),)}, r"strengths=\(nan,\) must hold"),
+    ],
+)
+def test_settings_that_could_do_nothing_are_refused(
+    mitigation: type[WordAblation | EmbeddingNoise], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mitigation(**changes)
 
 
 def test_the_second_of_two_names_goes_too() -> None:
