@@ -89,9 +89,10 @@ MAKES = {
         "velocity, zero SNR",
         "A world and an autoencoder of its own, the schedule of Stable Diffusion 2's later kin: scaled linear, brought "
         "down until the last timestep is pure noise, and sampled from there; 6,000 training steps. It was trained "
-        "when the detector had long been settled, and nothing was chosen by it; on its `tune` rows, word ablation as "
-        "it is now was held against what it was before. Its `report` rows were run once for detection, and three times "
-        "for mitigation (one with a search for words that was given up, one each before and after that comparison).",
+        "when the detector had long been settled, and nothing was chosen by it but this: word ablation as it is now "
+        "was held against what it was before on its `tune` rows, and then taken. Its `report` rows were run once for "
+        "detection, and three times for mitigation (with a search for words that was given up, and before and after "
+        "that comparison).",
         statistics=None,
     ),
 }

@@ -103,8 +103,8 @@ class WordAblation:
             longer = [range(run.start, run.stop + width) for run in runs[: -width or None]]
             search.ask(longer)
             if any(frozenset(run) in search.asked for run in longer):
-                longest = search.best(longer)
-                search.ask((longest[1:], longest[:-1]))
+                phrase = search.best(longer)
+                search.ask((phrase[1:], phrase[:-1]))
         if self.widen and not search.rid:
             search.ask((*best, *run) for run in runs)
         for removal in search.ranked():
