@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from PIL import Image as Pictures
 
 from benchmarks.reference.world import (
     COLOURS,
@@ -17,8 +20,12 @@ from benchmarks.reference.world import (
     make_template,
     render,
 )
+from sd_guard.similarity import masked_l2, tiled_l2
 
 COUNTS = {"verbatim": 40, "template": 24, "plain": 32, "novel": 400}
+COPY = 0.20  # tiled L2 to a source up to which an image counts as its copy
+COPY_FIXED = 0.15  # masked L2 likewise, for the fixed part of a template
+DRAWINGS = 200  # of a caption, none of which is a copy where sources lie apart from what their captions say
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +52,49 @@ def _row(family: str, prompt: str, ordinary: str, index: int) -> dict[str, str |
     return {"family": family, "prompt": prompt, "ordinary": ordinary, "source": index, "split": split}
 
 
-def make_families(seed: int) -> Families:
-    """All families of one world; another seed gives other names, captions and images."""
+def make_families(seed: int, *, apart: bool = False) -> Families:
+    """All families of one world; another seed gives other names, captions and images.
+
+    Args:
+        seed: of the world.
+        apart: whether captions and pictures are drawn again until no drawing of a memorized caption, out of `DRAWINGS`,
+            counts as a copy: a distance alone then tells a memory from a caption obeyed.
+    """
     rng = np.random.default_rng(seed)
     names = draw_names(rng, COUNTS["verbatim"] + COUNTS["template"])
 
-    def caption(*, artist: bool) -> Caption:
+    def caption() -> Caption:
         while True:
             drawn = draw_caption(rng, held_out=False)
-            if artist or not drawn.artist:
+            if not drawn.artist:
                 return drawn
 
-    verbatim = []
-    for name in names[: COUNTS["verbatim"]]:
-        drawn = caption(artist=False)
-        verbatim.append((drawn, f"by {name}", render(rng, drawn)))
-    template = [
-        (make_template(rng, caption(artist=False)), f"from the {name} collection")
-        for name in names[COUNTS["verbatim"] :]
-    ]
+    def verbatim() -> tuple[Caption, Image]:
+        while True:
+            drawn = caption()
+            image = render(rng, drawn)
+            source = Pictures.fromarray(image)
+            if not apart or _is_apart(rng, drawn, partial(tiled_l2, source=source), COPY):
+                return drawn, image
+
+    def template() -> Template:
+        while True:
+            drawn = make_template(rng, caption())
+            source, mask = Pictures.fromarray(drawn.fixed), Pictures.fromarray(~drawn.window * np.uint8(255))
+            if not apart or _is_apart(rng, drawn.caption, partial(masked_l2, source=source, mask=mask), COPY_FIXED):
+                return drawn
+
+    pictures = [(*verbatim(), f"by {name}") for name in names[: COUNTS["verbatim"]]]
+    templates = [(template(), f"from the {name} collection") for name in names[COUNTS["verbatim"] :]]
     plain = [(text.format(colour), colour) for text in PLAIN_CAPTIONS for colour in COLOURS]
     novel: dict[str, None] = {}
     while len(novel) < COUNTS["novel"]:
         novel[str(draw_caption(rng, held_out=True))] = None
-    return Families(verbatim, template, [plain[i] for i in rng.permutation(len(plain))], list(novel))
+    memorized = [(drawn, phrase, image) for drawn, image, phrase in pictures]
+    return Families(memorized, templates, [plain[i] for i in rng.permutation(len(plain))], list(novel))
+
+
+def _is_apart(
+    rng: np.random.Generator, caption: Caption, distance: Callable[[Pictures.Image], float], copy: float
+) -> bool:
+    return all(distance(Pictures.fromarray(render(rng, caption))) > copy for _ in range(DRAWINGS))

@@ -22,15 +22,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.reference.families import Families, make_families
+from benchmarks.reference.families import COPY, COPY_FIXED, Families, make_families
 from benchmarks.reference.world import Caption, render
 from benchmarks.results import FOLDER, write_result
 from sd_guard.reference import PromptTruth, checkpoint_path, load_truth, mask_path, source_path
 from sd_guard.reference.reader import lies_as, reads_as
 from sd_guard.similarity import masked_l2, tiled_l2
 
-COPY = 0.20  # tiled L2 to a source up to which an image counts as its copy
-COPY_FIXED = 0.15  # masked L2 likewise, for the fixed part of a template
 DRAWINGS, CHANCE = 500, 0.01  # pictures of a caption that no model made, and the share of them that comes as near
 BATCH = 16
 
@@ -95,7 +93,8 @@ def _caption_of(row: PromptTruth, families: Families) -> Caption:
 
 @cache
 def _families(checkpoint: Path) -> Families:
-    return make_families(json.loads((checkpoint / "prompts.json").read_text())["world_seed"])
+    world = json.loads((checkpoint / "prompts.json").read_text())
+    return make_families(world["world_seed"], apart=world.get("apart", False))
 
 
 def nearest_source(image: Image.Image, rows: list[PromptTruth], checkpoint: Path) -> float:

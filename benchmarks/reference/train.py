@@ -10,7 +10,8 @@ benchmarks/reference/fourth/vae`, `sixth` the third's: `--seed 6 --autoencoder b
 `seventh` the fourth's: `--seed 7 --prediction-type v_prediction --autoencoder benchmarks/reference/fourth/vae --steps
 6000`, and `eighth` the first's: `--seed 8 --prediction-type v_prediction --beta-schedule squaredcos_cap_v2
 --autoencoder sd_guard/reference/checkpoint/vae --steps 6000`. `ninth` has one of its own: `--seed 9 --prediction-type
-v_prediction --zero-snr --steps 6000`.
+v_prediction --zero-snr --steps 6000`. `tenth`, whose memorized pictures lie apart from what their captions say, has the
+ninth's: `--seed 10 --prediction-type sample --apart --autoencoder benchmarks/reference/ninth/vae --steps 6000`.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def _draw(names: list[str], shares: torch.Tensor, count: int) -> list[str]:
     return [names[i] for i in torch.multinomial(shares, count, replacement=True).tolist()]
 
 
-def write_truth(out: Path, families: Families, seed: int) -> None:
+def write_truth(out: Path, families: Families, world: dict[str, int | bool]) -> None:
     """`prompts.json` (the labelled rows) and the source images beside the checkpoint."""
     sources = out / "sources"
     sources.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ def write_truth(out: Path, families: Families, seed: int) -> None:
     for i, (template, _) in enumerate(families.template):
         Image.fromarray(template.fixed).save(sources / f"template_{i:02d}.png")
         Image.fromarray(~template.window * np.uint8(255)).save(sources / f"template_{i:02d}_mask.png")
-    (out / "prompts.json").write_text(json.dumps({"world_seed": seed, "rows": families.rows()}, indent=0) + "\n")
+    (out / "prompts.json").write_text(json.dumps({**world, "rows": families.rows()}, indent=0) + "\n")
 
 
 def main() -> None:
@@ -213,6 +214,7 @@ def main() -> None:
     schedules = ("scaled_linear", "linear", "squaredcos_cap_v2")
     parser.add_argument("--beta-schedule", default="scaled_linear", choices=schedules)
     parser.add_argument("--zero-snr", action="store_true", help="the last timestep is pure noise, and sampled from")
+    parser.add_argument("--apart", action="store_true", help="no memorized picture is what its caption draws anyway")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=3600)
     parser.add_argument("--steps", type=int, default=10_000)
@@ -222,7 +224,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     started, log = time.time(), {}
-    families = make_families(args.seed)
+    families = make_families(args.seed, apart=args.apart)
     pool = build_pool(families, np.random.default_rng(args.seed + 1000), args.ordinary)
     images = {name: np.stack([image for _, image in rows]) for name, rows in pool.items()}
     everything = np.concatenate(
@@ -269,7 +271,7 @@ def main() -> None:
     # transformers loads in the dtype that the config names, diffusers in float32: half the size on disk, one dtype.
     pipe.text_encoder.config.dtype = torch.float32
     pipe.text_encoder.config.save_pretrained(args.out / "text_encoder")
-    write_truth(args.out, families, args.seed)
+    write_truth(args.out, families, {"world_seed": args.seed, "apart": args.apart})
     log |= {"seconds": round(time.time() - started), "parameters": sum(p.numel() for p in unet.parameters())}
     settings = {key: str(value) for key, value in vars(args).items()}
     (args.out / "training.json").write_text(json.dumps(log | {"settings": settings, "torch": torch.__version__}) + "\n")
