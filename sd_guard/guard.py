@@ -44,7 +44,7 @@ class GuardRecord:
         decided_at_step: that gave the verdict, an index into the scheduler's timesteps; None if unscored.
         dimension: entries of its latent.
         statistics: of the trajectory before any mitigation.
-        attempts: mitigations tried, in order.
+        attempts: mitigations tried, in the order in which they were given up; one that passed is the last.
         extra_lanes: lane evaluations that the guard spent on this image, beyond those of plain sampling.
         seed: initial seed of the image's generator; None without one.
         fingerprint: of model, scheduler, steps, guidance and dtype.
@@ -73,7 +73,8 @@ class Guard:
             first does not lie before the first step that shows anything (`sd_guard.noise.first_clear_step`): where it
             would, all shares are of a schedule that begins so much later.
         look_again_at: shares of the schedule, in [0, 1), whose steps look again at what was not flagged, and at what
-            was rescued, as far as they are later than the deciding one; none decide once and for all.
+            was rescued, as far as they are later than the deciding one; none decide once and for all. A rescued image
+            that is likely to end in the flagged picture is sampled once more then, from other noise.
         probes: Rademacher vectors that an image still in doubt gets at the deciding step, two lanes each.
         other_seeds: seeds that one in doubt is held against there, two lanes each: one, and if it stays in doubt, all.
         detector: scores a trajectory.

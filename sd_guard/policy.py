@@ -8,6 +8,8 @@ from typing import Literal
 
 from sd_guard.detection import Verdict
 
+_SETTLING = 0.15  # of a predicted picture's likeness to the flagged one, what it tends to lose on its whole way
+
 OnFailure = Literal["blank", "keep", "raise"]
 Outcome = Literal["passed", "rescued", "blocked", "unscored", "kept"]
 
@@ -17,7 +19,7 @@ class Attempt:
     """One mitigation and its verification.
 
     Attributes:
-        mitigation: its name.
+        mitigation: its name; with `+new_seed` where the same change was sampled once more from other noise.
         strength: in the mitigation's own unit.
         resumed_from_step: the step that sampling was resumed from.
         score: of the resumed trajectory, by the statistic that flagged the image, at the last look it got.
@@ -81,6 +83,13 @@ class Policy:
         share = max(resemblance, 0.0) / self.max_resemblance
         return math.isfinite(score) and share <= 1 and score <= threshold + self.margin * (1 - 2 * share)
 
+    def may_relapse(self, survival: float, share: float) -> bool:
+        """Whether a rescued image, `share` of whose steps are made, is likely to end in the flagged picture after all.
+
+        Early predictions have more in common than the pictures they become.
+        """
+        return not survival <= self.max_resemblance + _SETTLING * (1 - share)
+
 
 @dataclass(slots=True)
 class Case:
@@ -92,7 +101,7 @@ class Case:
         decided_at: the step that said so.
         budget: extra lanes allowed.
         lanes: extra lanes spent so far.
-        attempts: in order.
+        attempts: in the order in which they were given up; one that passed is the last.
         closed: no further attempt is to be made.
         relapsed: the attempt that passed ended in the flagged picture all the same.
     """
@@ -118,7 +127,11 @@ class Case:
 
     def may_attempt(self, policy: Policy, cost: int) -> bool:
         """Whether another attempt of `cost` lanes is allowed."""
-        return self.open and self.lanes + cost <= self.budget and len(self.attempts) < policy.max_attempts
+        return self.open and self.affords(policy, cost)
+
+    def affords(self, policy: Policy, cost: int) -> bool:
+        """Whether the image's bounds leave room for another attempt of `cost` lanes."""
+        return self.lanes + cost <= self.budget and len(self.attempts) < policy.max_attempts
 
     def look_again(self, verdict: Verdict, score: float, step: int) -> None:
         """Takes the score of a later look at the same trajectory, and its verdict where the image had passed."""
@@ -137,6 +150,11 @@ class Case:
         if attempt is not None:
             self.attempts.append(attempt)
         self.closed = attempt is None or attempt.passed
+
+    def prefer(self, kept: Attempt, given_up: Attempt) -> None:
+        """Ends the case where the last attempt was another try at what had passed before: one of both is kept."""
+        self.attempts[-2:] = [replace(given_up, passed=False), kept]
+        self.closed = True
 
     def outcome(self, policy: Policy) -> Outcome:
         """Where the image ended."""

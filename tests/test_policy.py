@@ -1,6 +1,7 @@
 """The state machine of one image: its end states, its bounds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -139,3 +140,28 @@ def test_without_a_margin_the_threshold_decides(score: float, threshold: float, 
 def test_settings_that_no_run_could_use(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Policy(**options)
+
+
+@pytest.mark.parametrize(("share", "bar"), [(0.0, 0.75), (0.2, 0.72), (0.5, 0.675), (1.0, 0.6)])
+def test_a_rescue_may_look_like_the_flagged_picture_early_on(share: float, bar: float) -> None:
+    policy = Policy(max_resemblance=0.6)
+    assert not policy.may_relapse(bar - 1e-6, share)
+    assert policy.may_relapse(bar + 1e-6, share)
+    assert policy.may_relapse(math.nan, share)  # what could not be measured proves nothing
+
+
+def test_a_case_keeps_one_of_two_attempts() -> None:
+    first, second = attempt(passed=True), replace(attempt(passed=True), resemblance=0.3)
+    case = Case("flag", 1.0, 3, 100, attempts=[first, second])
+    case.prefer(second, first)
+    assert (case.rescued, case.closed) == (True, True)
+    assert case.attempts == [replace(first, passed=False), second]
+    case.prefer(first, second)
+    assert case.attempts == [replace(second, passed=False), first]
+
+
+@pytest.mark.parametrize(("lanes", "attempts", "affords"), [(60, 0, True), (61, 0, False), (0, 3, True), (0, 4, False)])
+def test_what_an_image_affords(lanes: int, attempts: int, affords: bool) -> None:
+    case = Case("flag", 1.0, 3, 100, lanes=lanes, attempts=[attempt(passed=True)] * attempts, closed=True)
+    assert case.affords(Policy(), 40) is affords
+    assert not case.may_attempt(Policy(), 40)

@@ -38,7 +38,7 @@ class NewSeed:
     def propose(self, subject: Subject) -> Iterator[Change]:
         """One change a seed."""
         for number in range(1, self.seeds + 1):
-            latents = _unit(subject) * _noise(subject, number)
+            latents = other_noise(subject, number)
             yield Change("new_seed", float(number), subject.prompt_embeds, latents=latents)
 
 
@@ -191,6 +191,11 @@ def sharpness(subject: Subject, z: Tensor, unit: Tensor) -> Tensor:
 
     d = difference(z)
     return difference(z + d / d.norm()).norm()
+
+
+def other_noise(subject: Subject, number: int = 1) -> Tensor:
+    """(C, H, W) float32 latents to start from: other noise than the image's own, of its seed and a number."""
+    return _unit(subject) * _noise(subject, number)
 
 
 def _unit(subject: Subject) -> Tensor:

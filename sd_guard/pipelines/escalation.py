@@ -13,13 +13,16 @@ from torch import Tensor
 from sd_guard.detection import decide
 from sd_guard.guard import Guard
 from sd_guard.mitigation import Change, Subject
+from sd_guard.mitigation.latents import other_noise
 from sd_guard.observation import Observation, Question, predicted_image, probe
 from sd_guard.pipelines.inputs import CallInputs
 from sd_guard.pipelines.replay import Resumed, Start, Walk, Watch, resume
 from sd_guard.pipelines.subject import Origin, token_encoder
 from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.policy import Attempt, Case
-from sd_guard.statistics.sharpness import what_is_left
+from sd_guard.statistics.sharpness import resemblance, survival, what_is_left
+
+_AGAIN = "+new_seed"  # of a mitigation's name: sampled once more, from other noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,38 @@ class Escalation:
             for part in self._rounds(changes):
                 rescued += self._attempt(part)
         return rescued
+
+    def draw_again(self, rescue: Rescue) -> Rescue | None:
+        """The same change from other noise, up to where the loop stands, if less of the flagged picture is left then.
+
+        What is left once the words are rid of the memory is the place and the colours that the noise had led to: other
+        noise keeps the meaning, and a further change of the words would not. Where the words are the same, the memory
+        is still in them. An image gets one such attempt.
+        """
+        row, case, old = rescue.row, self.cases[rescue.row], rescue.change
+        if (
+            old.prompt is None
+            or old.latents is not None
+            or any(attempt.mitigation.endswith(_AGAIN) for attempt in case.attempts)
+        ):
+            return None
+        change = replace(
+            old, mitigation=old.mitigation + _AGAIN, latents=other_noise(self._subject(row)), resume_from=0
+        )
+        if not case.affords(self.guard.policy, self._cost_of(change)):
+            return None
+        found = self._attempt({row: change})
+        before, again = case.attempts[-2:]
+        better = found and self.survival_of(found[0]) < self.survival_of(rescue)
+        case.prefer(*((again, before) if better else (before, again)))
+        return found[0] if better else None
+
+    def survival_of(self, rescue: Rescue) -> float:
+        """How much of the flagged picture its last look shows."""
+        row = [rescue.row]
+        return float(
+            survival(predicted_image(rescue.later), predicted_image(self.observations)[row], self.control[row])
+        )
 
     def _next(self, row: int) -> Change | None:
         """The next change that the image can still afford; closes its case where there is none.
@@ -194,9 +229,18 @@ class Escalation:
 
     def _compare(self, rows: list[int], resumed: Resumed, scores: list[float]) -> list[tuple[float, float, float]]:
         """What the policy accepts by: score, threshold, and what is left of the flagged picture, of each image."""
-        now, memory = predicted_image([*resumed.observations, *resumed.later]), predicted_image(self.observations)[rows]
-        alike = what_is_left(now, memory, self.control[rows]).tolist()
-        return [(score, self.guard.detector.threshold, near) for score, near in zip(scores, alike, strict=True)]
+        now, threshold = predicted_image([*resumed.observations, *resumed.later]), self.guard.detector.threshold
+        left = self.left_of(rows, resumed.changes, now).tolist()
+        return [(score, threshold, near) for score, near in zip(scores, left, strict=True)]
+
+    def left_of(self, rows: Sequence[int], changes: Sequence[Change], now: Tensor) -> Tensor:
+        """(F,) what (F, C, H, W) predicted pictures have left of the flagged ones.
+
+        One that came from other noise has nothing in common with the flagged one anyway, as the control has.
+        """
+        memory = predicted_image(self.observations)[list(rows)]
+        other = torch.tensor([change.latents is not None for change in changes], device=now.device)
+        return resemblance(now, memory).where(other, what_is_left(now, memory, self.control[list(rows)]))
 
     def _probe(
         self,
@@ -218,11 +262,15 @@ class Escalation:
         return probe(seen, resumed.last, denoiser_of(self.pipe, resumed.watch.seeds), able, question)
 
     def _propose(self, row: int) -> list[Iterator[Change]]:
+        subject = self._subject(row)
+        return [mitigation.propose(subject) for mitigation in self.guard.plan]
+
+    def _subject(self, row: int) -> Subject:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row
         one = torch.tensor([lane], device=self.control.device)
         origin = Origin(self.pipe, self.snapshots, self.watch.clear, self.walk.lanes.select(one), row, case)
         encoder, prompt = self.pipe.text_encoder, self.inputs.prompts[row] if self.inputs.prompts is not None else None
-        subject = Subject(
+        return Subject(
             prompt=prompt,
             prompt_embeds=self.walk.lanes.prompt_embeds[lane],
             empty_embeds=self.empty_embeds,
@@ -243,7 +291,6 @@ class Escalation:
             token_embeddings=None if encoder is None else encoder.get_input_embeddings().weight,
             encode_tokens=token_encoder(self.pipe, self.inputs.encode, prompt),
         )
-        return [mitigation.propose(subject) for mitigation in self.guard.plan]
 
 
 def _was_tried(change: Change, case: Case) -> bool:

@@ -37,7 +37,7 @@ from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
 from sd_guard.statistics.base import StepCall
-from sd_guard.statistics.sharpness import survival, what_is_left
+from sd_guard.statistics.sharpness import survival
 
 
 @dataclass(slots=True)
@@ -145,9 +145,8 @@ class Session:
     def _look_again(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
         """Scores all images once more: those that were not flagged, and those that were rescued."""
         assert self.control is not None
-        detector, policy = self.guard.detector, self.guard.policy
-        memory = predicted_image(self.observations)
-        pictures = memory.clone()
+        detector = self.guard.detector
+        pictures = predicted_image(self.observations).clone()
         for rescue in self.rescued:
             pictures[rescue.row] = predicted_image(rescue.resumed.observations)[rescue.index]
         look = look_again(call, prediction_type(pipe), pictures)
@@ -155,15 +154,32 @@ class Session:
         for row, score in enumerate(detector.score(self.observations, self.later).tolist()):
             if row not in self.own_until:
                 self.cases[row].look_again(verdict_of(score, detector.threshold), score, call.step)
-        for rescue in self.rescued:
+        for rescue in list(self.rescued):
             rescue.later.append(look.select([rescue.row]))
-            seen = [seen.select([rescue.index]) for seen in rescue.resumed.observations]
-            score = float(detector.score(seen, rescue.later))
-            one = [rescue.row]
-            near = float(what_is_left(predicted_image(rescue.later), memory[one], self.control[one]))
-            if self.cases[rescue.row].rescued and not policy.accepts(score, detector.threshold, near):
-                self.cases[rescue.row].reopen(score, near)
+            if self.cases[rescue.row].rescued:
+                tensors = self._follow(pipe, call.step, rescue, tensors)
         return self._resolve(pipe, call.step, tensors)
+
+    def _follow(self, pipe: Any, step: int, rescue: Rescue, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Reopens the case of a rescued image that a later look finds suspicious.
+
+        One that passes, but is likely to end in the flagged picture, is sampled once more, from other noise.
+        """
+        assert self.escalation is not None
+        assert self.walk is not None
+        detector, policy = self.guard.detector, self.guard.policy
+        seen = [seen.select([rescue.index]) for seen in rescue.resumed.observations]
+        score = float(detector.score(seen, rescue.later))
+        near = float(self.escalation.left_of([rescue.row], [rescue.change], predicted_image(rescue.later)))
+        if not policy.accepts(score, detector.threshold, near):
+            self.cases[rescue.row].reopen(score, near)
+        elif policy.may_relapse(self.escalation.survival_of(rescue), step / len(self.timesteps)):
+            self.escalation.walk = self.walk
+            again = self.escalation.draw_again(rescue)
+            if again is not None:
+                self.rescued.remove(rescue)
+                tensors = self._accept(pipe, step, again, tensors)
+        return tensors
 
     def _resolve(self, pipe: Any, step: int, tensors: dict[str, Any]) -> dict[str, Any]:
         """Has the plan tried on every image that is flagged and not closed."""

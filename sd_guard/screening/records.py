@@ -22,7 +22,7 @@ The first ten columns, in this order, are a contract with other readers.
 | `index` | int64 | place in the run's list of images, from 0; unique |
 | `reason` | string, nullable | why it was blocked or not scored, one line |
 | `statistics` | list of struct | `step` (from 0), `name`, `point` and `lane` it was taken at, `value` (its own unit) |
-| `attempts` | list of struct | in the order they were made: `mitigation`, `strength` (its own unit), |
+| `attempts` | list of struct | as they were given up, the kept one last: `mitigation`, `strength` (its own unit), |
 |   |   | `resumed_from_step` (from 0), `score`, `resemblance` ([-1, 1]), `passed`, `prompt` (nullable) |
 | `fingerprint` | string, nullable | model, scheduler, steps, guidance and dtype, from the guard |
 | `words` | list of struct, nullable | of a flagged image, with `--explain`: `word` and `weight`, its share of what |
