@@ -115,15 +115,11 @@ class Escalation:
         is still in them. An image gets one such attempt.
         """
         row, case, old = rescue.row, self.cases[rescue.row], rescue.change
-        if (
-            old.prompt is None
-            or old.latents is not None
-            or any(attempt.mitigation.endswith(_AGAIN) for attempt in case.attempts)
-        ):
+        drawn = any(attempt.mitigation.endswith(_AGAIN) for attempt in case.attempts)
+        if drawn or old.prompt is None or old.latents is not None:
             return None
-        change = replace(
-            old, mitigation=old.mitigation + _AGAIN, latents=other_noise(self._subject(row)), resume_from=0
-        )
+        noise = other_noise(self._subject(row))
+        change = replace(old, mitigation=old.mitigation + _AGAIN, latents=noise, resume_from=0)
         if not case.affords(self.guard.policy, self._cost_of(change)):
             return None
         found = self._attempt({row: change})
@@ -135,9 +131,8 @@ class Escalation:
     def survival_of(self, rescue: Rescue) -> float:
         """How much of the flagged picture its last look shows."""
         row = [rescue.row]
-        return float(
-            survival(predicted_image(rescue.later), predicted_image(self.observations)[row], self.control[row])
-        )
+        now, memory = predicted_image(rescue.later), predicted_image(self.observations)[row]
+        return float(survival(now, memory, self.control[row]))
 
     def _next(self, row: int) -> Change | None:
         """The next change that the image can still afford; closes its case where there is none.
