@@ -80,8 +80,9 @@ MAKES = {
         "_eighth",
         "velocity, cosine",
         "A world of its own, the first's autoencoder, 6,000 training steps. It was trained while that was done; its "
-        "`report` rows were run once, when all was settled. Nothing of the detector was chosen by it; of the plan, "
-        "what word ablation prefers was, by the `tune` rows of all eight.",
+        "`report` rows were run once for detection, when all was settled. Nothing of the detector was chosen by it; of "
+        "the plan, what word ablation prefers was, by the `tune` rows of all eight, and when other noise is tried, by "
+        "those of nine.",
         statistics=None,
     ),
     "ninth": Make(
@@ -89,20 +90,22 @@ MAKES = {
         "velocity, zero SNR",
         "A world and an autoencoder of its own, the schedule of Stable Diffusion 2's later kin: scaled linear, brought "
         "down until the last timestep is pure noise, and sampled from there; 6,000 training steps. It was trained "
-        "when the detector had long been settled, and nothing was chosen by it but this: word ablation as it is now "
-        "was held against what it was before on its `tune` rows, and then taken. Its `report` rows were run once for "
-        "detection, and three times for mitigation (with a search for words that was given up, and before and after "
-        "that comparison).",
+        "when the detector had long been settled, and nothing of that was chosen by it. Of the plan, word ablation as "
+        "it is now was held against what it was before on its `tune` rows, and then taken, and these rows are among "
+        "those that say when other noise is tried. Its `report` rows were run once for detection, and four times for "
+        "mitigation (with a search for words that was given up, before and after that comparison, and with other "
+        "noise).",
         statistics=None,
     ),
     "tenth": Make(
         "_tenth",
         "sample, scaled linear",
-        "A world of its own whose memorized pictures lie apart from what their captions say: of 200 drawings that the "
-        "world makes of such a caption none is a copy, so that a distance alone tells a memory from a caption obeyed. "
-        "The ninth's autoencoder, which blurs these textures, 6,000 training steps. It was decided on, and its rule, "
-        "before it was trained, and trained while other noise was being tried on the others; nothing was chosen by "
-        "it, and its `report` rows were run once.",
+        "A world of its own whose memorized pictures lie apart from what their captions say: of 200 drawings that "
+        "the world made of such a caption none was a copy, so that a distance alone tells a memory from a caption "
+        "obeyed. The ninth's autoencoder, 6,000 training steps; under guidance its contrast is exaggerated, so that "
+        "distance counts fewer copies than the eye sees, of templates above all (`reference_tenth_sheet.png`). It was "
+        "decided on, and its rule, before it was trained, and trained while other noise was being tried on the others. "
+        "Nothing was chosen by it, and its `report` rows were run once.",
         statistics=None,
     ),
 }

@@ -294,7 +294,8 @@ def figures() -> str:
     return "\n\n".join(
         (
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
-            "bundled checkpoint and some of it of the next six, too, and what word ablation prefers of the next seven. "
+            "bundled checkpoint and some of it of the next six, too, what word ablation prefers of the next seven, and "
+            "when other noise is tried of the next eight. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`. In brackets: the revision that wrote "
             "them; the detector is the same since 857a67f.",
@@ -317,11 +318,12 @@ def figures() -> str:
             f"checkpoint ({revision('sweep')}).",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
-            "the rare phrase removed by hand. All these rows and seeds were seen before, by earlier detectors and "
-            "plans; what was changed since was chosen on `tune` rows (an earlier change to the search for words, given "
-            "up by `tune` rows of the third when all had been run with it, is in `mitigation*.json` of revision "
-            "fc34d18). *Drawings*: of pictures that no model made, which the world itself draws of these captions "
-            "without their phrase, the share that would be counted as copies: what keeps to the caption cannot be "
+            "the rare phrase removed by hand. But for the tenth's, all these rows and seeds were seen before, by "
+            "earlier detectors and plans; what was changed since was chosen on `tune` rows (an earlier change to the "
+            "search for words, given up by `tune` rows of the third when all had been run with it, is in "
+            "`mitigation*.json` of revision fc34d18; without other noise, of revision d82fa03). *Drawings*: of "
+            "pictures that no model made, which the world itself draws of these captions without their phrase, the "
+            "share that would be counted as copies: what keeps to the caption cannot be "
             f"expected below it ({revision('drawings')}). *Beyond the caption*: copies that are nearer to their source "
             "than all but one in a hundred of such drawings. In brackets: lanes where one prompt in twenty is "
             "memorized, over those of plain sampling, and the revision.",

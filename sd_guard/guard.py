@@ -74,7 +74,8 @@ class Guard:
             would, all shares are of a schedule that begins so much later.
         look_again_at: shares of the schedule, in [0, 1), whose steps look again at what was not flagged, and at what
             was rescued, as far as they are later than the deciding one; none decide once and for all. A rescued image
-            that is likely to end in the flagged picture is sampled once more then, from other noise.
+            of other words that is likely to end in the flagged picture is sampled once more then, from other noise, if
+            the budget allows it, and the better of both is kept.
         probes: Rademacher vectors that an image still in doubt gets at the deciding step, two lanes each.
         other_seeds: seeds that one in doubt is held against there, two lanes each: one, and if it stays in doubt, all.
         detector: scores a trajectory.

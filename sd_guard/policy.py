@@ -23,9 +23,9 @@ class Attempt:
         strength: in the mitigation's own unit.
         resumed_from_step: the step that sampling was resumed from.
         score: of the resumed trajectory, by the statistic that flagged the image, at the last look it got.
-        resemblance: in [-1, 1], of its predicted image and the one that was flagged, by their edges: 0 is no more than
-            the prediction without a prompt had of it, 1 the picture itself; likewise.
-        passed: whether that was no longer suspicious.
+        resemblance: in [-1, 1], of its predicted image and the one that was flagged, by their edges: 1 is the picture
+            itself, 0 no more than the prediction without a prompt had of it, or with other noise, none; likewise.
+        passed: whether that was no longer suspicious, and it was kept.
         prompt: the rewritten prompt; None where the words were kept.
     """
 

@@ -39,7 +39,7 @@ class NewSeed:
         """One change a seed."""
         for number in range(1, self.seeds + 1):
             latents = other_noise(subject, number)
-            yield Change("new_seed", float(number), subject.prompt_embeds, latents=latents)
+            yield Change("new_seed", float(number), subject.prompt_embeds, latents=latents, other_noise=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -119,12 +120,12 @@ class Escalation:
         if drawn or old.prompt is None or old.latents is not None:
             return None
         noise = other_noise(self._subject(row))
-        change = replace(old, mitigation=old.mitigation + _AGAIN, latents=noise, resume_from=0)
+        change = replace(old, mitigation=old.mitigation + _AGAIN, latents=noise, other_noise=True, resume_from=0)
         if not case.affords(self.guard.policy, self._cost_of(change)):
             return None
         found = self._attempt({row: change})
         before, again = case.attempts[-2:]
-        better = found and self.survival_of(found[0]) < self.survival_of(rescue)
+        better = found and not self.survival_of(rescue) <= self.survival_of(found[0])
         case.prefer(*((again, before) if better else (before, again)))
         return found[0] if better else None
 
@@ -231,10 +232,10 @@ class Escalation:
     def left_of(self, rows: Sequence[int], changes: Sequence[Change], now: Tensor) -> Tensor:
         """(F,) what (F, C, H, W) predicted pictures have left of the flagged ones.
 
-        One that came from other noise has nothing in common with the flagged one anyway, as the control has.
+        One that came from other noise has not that in common with the flagged one which the control has anyway.
         """
         memory = predicted_image(self.observations)[list(rows)]
-        other = torch.tensor([change.latents is not None for change in changes], device=now.device)
+        other = torch.tensor([change.other_noise for change in changes], device=now.device)
         return resemblance(now, memory).where(other, what_is_left(now, memory, self.control[list(rows)]))
 
     def _probe(
@@ -256,6 +257,13 @@ class Escalation:
             cases[index].lanes += question.lanes
         return probe(seen, resumed.last, denoiser_of(self.pipe, resumed.watch.seeds), able, question)
 
+    def _seed(self, row: int) -> int:
+        """Of a mitigation's randomness. Without a generator of its own, what tells an image is its first latent."""
+        seed = self.watch.seeds[row]
+        if not isinstance(self.inputs.generator, list):
+            seed += zlib.crc32(self.snapshots[0].latents[row].float().cpu().numpy().tobytes())
+        return seed % 2**63
+
     def _propose(self, row: int) -> list[Iterator[Change]]:
         subject = self._subject(row)
         return [mitigation.propose(subject) for mitigation in self.guard.plan]
@@ -269,7 +277,7 @@ class Escalation:
             prompt=prompt,
             prompt_embeds=self.walk.lanes.prompt_embeds[lane],
             empty_embeds=self.empty_embeds,
-            seed=self.watch.seeds[row] % 2**63,
+            seed=self._seed(row),
             encode=self.inputs.encode,
             predict=origin.predict,
             lanes_left=lambda: case.budget - case.lanes - self.cost,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pipelines.calls import PROMPTS, STEPS, latents_of
 from pipelines.test_later_looks import Late, looking
-from tiny import CountLanes, Forget
+from tiny import CountLanes, Forget, seeded
 
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.mitigation import Change, NewSeed, Subject
@@ -66,7 +66,7 @@ def attempts_of(record: GuardRecord) -> list[tuple[str, int, bool]]:
 
 
 AT_ONCE = Late(at_once=1.0, later=(9.0,))  # flagged at step 1, rescued, and looked at again at step 3
-BETTER, WORSE = [0.7, 0.1, 0.7], [0.7, 0.1, 0.1]  # asked whether it may relapse; the new one; the old one
+BETTER, WORSE = [0.7, 0.7, 0.1], [0.7, 0.1, 0.1]  # asked whether it may relapse; the old one; the new one
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm_multistep", "lms", "pndm"])
@@ -165,3 +165,23 @@ def test_a_picture_of_other_noise_is_compared_without_the_control(
     escalation, (rows, _, now) = seen[-1]
     plainly = float(resemblance(now, predicted_image(escalation.observations)[rows]))
     assert (abs(record.attempts[0].resemblance - plainly) < 1e-5) is alike
+
+
+@pytest.mark.parametrize("mode", ["single", "none", "list"])
+def test_other_noise_is_the_call_s_own(guarded: Any, survivals: list[float], mode: str) -> None:
+    """Two calls of one prompt do not come back with one image, and a call that is repeated does."""
+    pipe, images = guarded(wary(looking(AT_ONCE, (Rewrite(),)))), []
+    for seed in (1, 2, 1):
+        generators = {"single": seeded(seed)[0], "none": None, "list": seeded(seed, 8, 9)}
+        survivals[:] = BETTER
+        torch.manual_seed(seed)
+        output = pipe(
+            [PROMPTS[1], PROMPTS[0], PROMPTS[2]] if mode == "list" else PROMPTS,
+            generator=generators[mode],
+            num_inference_steps=STEPS,
+            output_type="latent",
+        )
+        assert output.records[1].attempts[-1].mitigation == "rewrite+new_seed"
+        images.append(output.images[1])
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[0], images[1]) is (mode == "list")  # there the second image's generator is the same
