@@ -87,6 +87,11 @@ class Policy:
         """Whether a rescued image, `share` of whose steps are made, is likely to end in the flagged picture after all.
 
         Early predictions have more in common than the pictures they become.
+
+        Args:
+            survival: in [-1, 1], of the flagged picture in the one that is predicted now
+                (`sd_guard.statistics.sharpness.survival`); where it is NaN, it is likely.
+            share: in [0, 1].
         """
         return not survival <= self.max_resemblance + _SETTLING * (1 - share)
 

@@ -100,7 +100,7 @@ class Change:
         guidance_from: share of the steps, in [0, 1], before which the image is sampled without its prompt.
         guidance: its own guidance scale at each step; None follows the call's.
         latents: (C, H, W) to start from, as the sampler has them at step `resume_from`; None starts from its own.
-        other_noise: whether these come from noise of their own.
+        other_noise: whether these come from noise that has nothing in common with the image's own.
         resume_from: step; the trajectory before it is the host's own, and the nearest snapshot that is not later is
             what is resumed. Not before the first step that shows anything (`first_clear_step`), unless it brings
             latents or an attempt from there has left too much of the flagged picture.

@@ -23,8 +23,6 @@ from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.policy import Attempt, Case
 from sd_guard.statistics.sharpness import resemblance, survival, what_is_left
 
-_AGAIN = "+new_seed"  # of a mitigation's name: sampled once more, from other noise
-
 
 @dataclass(frozen=True, slots=True)
 class Rescue:
@@ -61,6 +59,7 @@ class Escalation:
         observations: of all B images: the flagged trajectory. Its last prediction is what must not come back.
         control: (B, C, H, W) clean latents that the deciding step predicts without the prompt.
         proposals: what is left of each flagged image's plan, mitigation by mitigation.
+        drawn_again: images that were sampled once more from other noise.
     """
 
     pipe: Any
@@ -74,6 +73,7 @@ class Escalation:
     observations: Sequence[Observation]
     control: Tensor
     proposals: dict[int, list[Iterator[Change]]] = field(default_factory=dict)
+    drawn_again: set[int] = field(default_factory=set)
 
     @property
     def cost(self) -> int:
@@ -116,13 +116,13 @@ class Escalation:
         is still in them. An image gets one such attempt.
         """
         row, case, old = rescue.row, self.cases[rescue.row], rescue.change
-        drawn = any(attempt.mitigation.endswith(_AGAIN) for attempt in case.attempts)
-        if drawn or old.prompt is None or old.latents is not None:
+        if row in self.drawn_again or old.prompt is None or old.latents is not None:
             return None
-        noise = other_noise(self._subject(row))
-        change = replace(old, mitigation=old.mitigation + _AGAIN, latents=noise, other_noise=True, resume_from=0)
+        name, noise = f"{old.mitigation}+new_seed", other_noise(self._subject(row))
+        change = replace(old, mitigation=name, latents=noise, other_noise=True, resume_from=0)
         if not case.affords(self.guard.policy, self._cost_of(change)):
             return None
+        self.drawn_again.add(row)
         found = self._attempt({row: change})
         before, again = case.attempts[-2:]
         better = found and not self.survival_of(rescue) <= self.survival_of(found[0])

@@ -101,7 +101,7 @@ def axis_of(values: Sequence[float]) -> Axis:
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 6)
     first, last = math.floor(low / step), math.floor(high / step) + 1
     ticks = tuple(round(step * i, 12) for i in range(first, last + 1))
-    return Axis(low=first * step, high=last * step, ticks=ticks)
+    return Axis(low=min(first * step, low), high=last * step, ticks=ticks)  # a value may be too little to be divided
 
 
 def _finite(values: ArrayLike, marked: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

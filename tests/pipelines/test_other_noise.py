@@ -141,7 +141,7 @@ def test_an_image_gets_one_such_attempt(guarded: Any, survivals: list[float]) ->
     [
         ((Embeds(),), {}),  # the memory is still in the words
         ((NewSeed(seeds=1),), {}),  # the noise is another already
-        ((Rewrite(),), {"budget": 9}),  # two lanes for the first attempt, eight for another
+        ((Rewrite(),), {"budget": 9}),  # four lanes for the first attempt, eight for another
         ((Rewrite(),), {"max_attempts": 1}),
     ],
 )
@@ -176,7 +176,7 @@ def test_other_noise_is_the_call_s_own(guarded: Any, survivals: list[float], mod
         survivals[:] = BETTER
         torch.manual_seed(seed)
         output = pipe(
-            [PROMPTS[1], PROMPTS[0], PROMPTS[2]] if mode == "list" else PROMPTS,
+            PROMPTS,
             generator=generators[mode],
             num_inference_steps=STEPS,
             output_type="latent",
