@@ -208,3 +208,12 @@ def test_benign_scores_of_the_runs_own_calibration_are_shown(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="made with no calibration; leave --calibration out"):
         write_report(other, calibration=path)
     assert not (other / "report.html").exists()
+
+
+def test_an_attempt_that_another_was_preferred_to_has_not_failed(tmp_path: Path) -> None:
+    """It may have passed by its score, which stands beside it."""
+    tried = [attempt(score=-1.0, passed=False), attempt(mitigation="word_ablation+new_seed", score=-1.5)]
+    html = Path(write_report(make_run(tmp_path, [flagged_row(0, attempts=tried), row(1)]))).read_text(encoding="utf-8")
+    shown = "".join(Reader(html).text)
+    assert "given up" in shown and "failed" not in shown
+    assert "word ablation, new seed, strength" in shown and "ablation+new" not in html
