@@ -56,12 +56,13 @@ def command(part: str, out: Path, smoke: bool) -> list[str]:
 
 def run_part(part: str, out: Path, seconds: float, smoke: bool) -> str:
     """How it ended: `done`, `ended after N s` or `failed`."""
+    search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (out / f"{part}.txt").open("w", encoding="utf-8") as log:
         try:
             done = subprocess.run(
                 command(part, out, smoke),
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(search), "PYTHONUNBUFFERED": "1"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 timeout=seconds,

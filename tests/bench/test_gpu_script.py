@@ -50,6 +50,13 @@ def test_a_part_that_fails_says_where_to_look(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "peers.txt").read_text() == "why\n"
 
 
+def test_a_part_finds_what_its_caller_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/tmp/site")  # where wheels were unpacked, say
+    monkeypatch.setattr(gpu, "command", lambda *_, **__: [sys.executable, "-c", "import sys; print(sys.path)"])
+    assert gpu.run_part("peers", tmp_path, 30, smoke=True) == "done"
+    assert str([str(gpu.ROOT), "/tmp/site"])[1:-1] in (tmp_path / "peers.txt").read_text()
+
+
 def test_an_unknown_part_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
