@@ -108,4 +108,19 @@ MAKES = {
         "Nothing was chosen by it, and its `report` rows were run once.",
         statistics=None,
     ),
+    "eleventh": Make(
+        "_eleventh",
+        "noise, scaled linear",
+        "The bundled checkpoint once more: its seed, kind, autoencoder and 10,000 training steps, in a world apart, as "
+        "the tenth's. It shows what the plan does where templates are copied and a distance alone can tell. All of "
+        "that, and that its `report` rows would count, was set before it was trained (c879e4b); nothing was chosen by "
+        "it, and its `report` rows were run once.",
+        statistics=None,
+    ),
+    "twelfth": Make(
+        "_twelfth",
+        "velocity, linear",
+        "Likewise the second: its seed, kind and training, in a world apart.",
+        statistics=None,
+    ),
 }

@@ -13,6 +13,7 @@ from benchmarks.checkpoints import MAKES
 from benchmarks.results import FOLDER
 
 README, ALL = Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"
+AGAIN = ("eleventh", "twelfth")  # the bundled and the second in worlds apart, on which everything of a flag is measured
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->", "<!-- end of figures -->"
 
 
@@ -204,11 +205,14 @@ def attribution(result: dict[str, Any]) -> str:
     return f"{named} ({prompts} prompts); AUROC of the map {found} ({templates} prompts)"
 
 
-def evasion_table(result: dict[str, Any]) -> str:
-    """Of the images that still reproduce their source, those that are flagged."""
-    lines = {"**all**": result["all"], **result["changes"]}
-    rows = [(name, str(line["copies"]), percent(line["recall"])) for name, line in lines.items()]
-    return table(("change", "still copies", "of these flagged"), rows)
+def evasion_table(results: dict[str, dict[str, Any]]) -> str:
+    """Of the images that still reproduce their source, those that are flagged, on each checkpoint."""
+    rows: list[tuple[Any, ...]] = []
+    for name in ("all", *results["bundled"]["changes"]):
+        lines = [result["all"] if name == "all" else result["changes"][name] for result in results.values()]
+        cells = [cell for line in lines for cell in (line["copies"], percent(line["recall"]))]
+        rows.append(("**all**" if name == "all" else name, *cells))
+    return table(("change", *(f"{name}: {what}" for name in results for what in ("still copies", "flagged"))), rows)
 
 
 def best(result: dict[str, Any], family: str) -> str:
@@ -318,8 +322,9 @@ def figures() -> str:
             f"checkpoint ({revision('sweep')}).",
             sweep_table(load("sweep"), load("sweep_unseen")),
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
-            "the rare phrase removed by hand. But for the tenth's, all these rows and seeds were seen before, by "
-            "earlier detectors and plans; what was changed since was chosen on `tune` rows (an earlier change to the "
+            "the rare phrase removed by hand. But for those of the last three, all these rows and seeds were seen "
+            "before, by earlier detectors and plans; what was changed since was chosen on `tune` rows (an earlier "
+            "change to the "
             "search for words, given up by `tune` rows of the third when all had been run with it, is in "
             "`mitigation*.json` of revision fc34d18; without other noise, of revision d82fa03). *Drawings*: of "
             "pictures that no model made, which the world itself draws of these captions without their phrase, the "
@@ -336,10 +341,14 @@ def figures() -> str:
             f"{load('mitigations_tune')['provenance']['git']}.",
             mitigations_table(load("mitigations"), load("mitigations_tune")),
             f"*Explanation*: a rare word is named first by {attribution(load('attribution'))} "
-            f"({revision('attribution')}).",
+            f"({revision('attribution')}). "
+            + " ".join(
+                f"On the {name}: {attribution(load(f'attribution_{name}'))} ({revision(f'attribution_{name}')})."
+                for name in AGAIN
+            ),
             "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
-            f"that is flagged ({revision('evasion')}):",
-            evasion_table(load("evasion")),
+            f"that is flagged ({', '.join(map(revision, ('evasion', *(f'evasion_{name}' for name in AGAIN))))}):",
+            evasion_table({"bundled": load("evasion")} | {name: load(f"evasion_{name}") for name in AGAIN}),
             f"*Screening*: {screening(load('screening'), load('quick'))} ({revision('screening')}; quick depth "
             f"{revision('quick')}.)",
             f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed} "

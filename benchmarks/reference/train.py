@@ -11,7 +11,9 @@ benchmarks/reference/fourth/vae`, `sixth` the third's: `--seed 6 --autoencoder b
 6000`, and `eighth` the first's: `--seed 8 --prediction-type v_prediction --beta-schedule squaredcos_cap_v2
 --autoencoder sd_guard/reference/checkpoint/vae --steps 6000`. `ninth` has one of its own: `--seed 9 --prediction-type
 v_prediction --zero-snr --steps 6000`. `tenth`, whose memorized pictures lie apart from what their captions say, has the
-ninth's: `--seed 10 --prediction-type sample --apart --autoencoder benchmarks/reference/ninth/vae --steps 6000`.
+ninth's: `--seed 10 --prediction-type sample --apart --autoencoder benchmarks/reference/ninth/vae --steps 6000`. So do
+those of `eleventh` and `twelfth`, which are the bundled and the second but for `--apart`, both with the first's
+autoencoder.
 """
 
 from __future__ import annotations
