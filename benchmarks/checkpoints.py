@@ -113,8 +113,9 @@ MAKES = {
         "noise, scaled linear",
         "The bundled checkpoint once more: its seed, kind, autoencoder and 10,000 training steps, in a world apart, as "
         "the tenth's. It shows what the plan does where templates are copied and a distance alone can tell. All of "
-        "that, and that its `report` rows would count, was set before it was trained (c879e4b); nothing was chosen by "
-        "it, and its `report` rows were run once.",
+        "that, and that its `report` rows would count, was set before a step of its training, while its images were "
+        "being drawn (c879e4b); nothing was chosen by it, its `report` rows were run once for each figure, and "
+        "looked at after that.",
         statistics=None,
     ),
     "twelfth": Make(

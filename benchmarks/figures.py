@@ -13,7 +13,7 @@ from benchmarks.checkpoints import MAKES
 from benchmarks.results import FOLDER
 
 README, ALL = Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"
-AGAIN = ("eleventh", "twelfth")  # the bundled and the second in worlds apart, on which everything of a flag is measured
+AGAIN = ("eleventh", "twelfth")  # explanation and evasion are measured on these, too
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->", "<!-- end of figures -->"
 
 
@@ -207,12 +207,12 @@ def attribution(result: dict[str, Any]) -> str:
 
 def evasion_table(results: dict[str, dict[str, Any]]) -> str:
     """Of the images that still reproduce their source, those that are flagged, on each checkpoint."""
-    rows: list[tuple[Any, ...]] = []
-    for name in ("all", *results["bundled"]["changes"]):
-        lines = [result["all"] if name == "all" else result["changes"][name] for result in results.values()]
-        cells = [cell for line in lines for cell in (line["copies"], percent(line["recall"]))]
-        rows.append(("**all**" if name == "all" else name, *cells))
-    return table(("change", *(f"{name}: {what}" for name in results for what in ("still copies", "flagged"))), rows)
+    found = [{"**all**": result["all"], **result["changes"]} for result in results.values()]
+    rows = [
+        (change, *(shown for lines in found for shown in (lines[change]["copies"], percent(lines[change]["recall"]))))
+        for change in found[0]
+    ]
+    return table(("change", *(f"{name}: {what}" for name in results for what in ("copies", "of these flagged"))), rows)
 
 
 def best(result: dict[str, Any], family: str) -> str:
@@ -324,9 +324,8 @@ def figures() -> str:
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
             "the rare phrase removed by hand. But for those of the last three, all these rows and seeds were seen "
             "before, by earlier detectors and plans; what was changed since was chosen on `tune` rows (an earlier "
-            "change to the "
-            "search for words, given up by `tune` rows of the third when all had been run with it, is in "
-            "`mitigation*.json` of revision fc34d18; without other noise, of revision d82fa03). *Drawings*: of "
+            "change to the search for words, given up by `tune` rows of the third when all had been run with it, is "
+            "in `mitigation*.json` of revision fc34d18; without other noise, of revision d82fa03). *Drawings*: of "
             "pictures that no model made, which the world itself draws of these captions without their phrase, the "
             "share that would be counted as copies: what keeps to the caption cannot be "
             f"expected below it ({revision('drawings')}). *Beyond the caption*: copies that are nearer to their source "
@@ -347,7 +346,7 @@ def figures() -> str:
                 for name in AGAIN
             ),
             "*Evasion*: changes to verbatim prompts, and of the images that still reproduce their source the share "
-            f"that is flagged ({', '.join(map(revision, ('evasion', *(f'evasion_{name}' for name in AGAIN))))}):",
+            f"that is flagged ({', '.join(revision(name) for name in ('evasion', *(f'evasion_{n}' for n in AGAIN)))}):",
             evasion_table({"bundled": load("evasion")} | {name: load(f"evasion_{name}") for name in AGAIN}),
             f"*Screening*: {screening(load('screening'), load('quick'))} ({revision('screening')}; quick depth "
             f"{revision('quick')}.)",

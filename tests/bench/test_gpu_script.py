@@ -4,64 +4,91 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from tiny import the_error
 
 from benchmarks import gpu
-from sd_guard.cli import app
+from sd_guard.bench.settings import BenchSettings
+from sd_guard.cli import main
 
 
-@pytest.mark.parametrize("part", gpu.BENCH)
-def test_what_a_part_asks_for_is_refused_on_the_cpu_for_its_size_alone(part: str, tmp_path: Path) -> None:
-    options = gpu.command(part, tmp_path, smoke=False)[3:]
-    result = CliRunner().invoke(app, [*options, "--device", "cpu"])
-    assert result.exit_code == 2
-    assert "--arch sd15 is for a CUDA device" in result.output
+def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu", *options])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    return int(ended.value.code or 0)
 
 
-def test_smoke_asks_for_the_reference(tmp_path: Path) -> None:
-    for part in gpu.BENCH:
-        options = gpu.command(part, tmp_path, smoke=True)
-        assert "--arch" not in options
-        assert options.index("--suite") == options.index("bench") + 1
-        assert ("--profile" in options) == ("--profile" in gpu.BENCH[part])
+def instead(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Each part runs this."""
+    monkeypatch.setattr(gpu, "command", lambda *_, **__: [sys.executable, "-c", code])
+
+
+@pytest.mark.parametrize("part", gpu.OPTIONS)
+def test_what_a_part_asks_for_is_refused_on_the_cpu_for_its_size_alone(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = gpu.command(part, tmp_path, str(tmp_path), smoke=False)[3:]
+    monkeypatch.setattr(sys, "argv", ["sd-guard", *options, "--device", "cpu"])
+    assert main() == 2
+    assert "--arch sd15 is for a CUDA device" in the_error(capsys)
+
+
+@pytest.mark.parametrize("part", gpu.OPTIONS)
+def test_a_smoke_run_is_of_the_reference_on_the_cpu(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[BenchSettings] = []
+    monkeypatch.setattr("sd_guard.bench.run.plan_device", lambda settings: asked.append(settings))
+    monkeypatch.setattr("sd_guard.bench.run.run_bench", lambda settings, device: [])
+    monkeypatch.setattr(sys, "argv", ["sd-guard", *gpu.command(part, tmp_path, str(tmp_path), smoke=True)[3:]])
+    assert main() == 0
+    assert (asked[0].arch, asked[0].device, asked[0].steps) == ("reference", "cpu", 4)
+    assert (asked[0].profile is not None) == (part == "waits")
 
 
 def test_a_part_that_meets_the_limit_keeps_its_results_and_gives_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = json.dumps({"provenance": {"git": "unknown"}})
-    slow = f"import time; open({str(tmp_path / 'gpu.jsonl')!r}, 'a').write({line + chr(10)!r}); time.sleep(60)"
-    monkeypatch.setattr(gpu, "command", lambda part, out, smoke: [sys.executable, "-c", slow])
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--minutes", "0.05", "--revision", "abc"])
-    gpu.main()
+    (tmp_path / "gpu.jsonl").write_text(f'{line}\n{{"suite": "over')  # as a part leaves it that is killed
+    instead(monkeypatch, "import time; time.sleep(60)")
+    options = ["--out", str(tmp_path), "--only", "overhead, screen", "--minutes", "0.03", "--revision", "abc"]
+    assert run(monkeypatch, *options) == 1
     lines = [json.loads(text) for text in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert [line["provenance"]["git"] for line in lines] == ["abc"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("overhead: ended after 2 s")
+    assert said[1].startswith("screen: no time left")
+
+
+def test_what_a_part_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = tmp_path / "late"
+    child = f"import time; time.sleep(4); open({str(late)!r}, 'w')"
+    instead(monkeypatch, f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
+    assert gpu.run_part("peers", tmp_path, 2, smoke=True) == "ended after 2 s"
+    time.sleep(4)
+    assert not late.exists()
 
 
 def test_a_part_that_fails_says_where_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        gpu, "command", lambda part, out, smoke: [sys.executable, "-c", "print('why'); raise SystemExit(3)"]
-    )
-    how = gpu.run_part("peers", tmp_path, 30, smoke=True)
-    assert how == f"failed, 3: {tmp_path / 'peers.txt'}"
+    instead(monkeypatch, "print('why'); raise SystemExit(3)")
+    assert gpu.run_part("peers", tmp_path, 60, smoke=True) == f"failed, 3: {tmp_path / 'peers.txt'}"
     assert (tmp_path / "peers.txt").read_text() == "why\n"
 
 
 def test_a_part_finds_what_its_caller_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/tmp/site")  # where wheels were unpacked, say
-    monkeypatch.setattr(gpu, "command", lambda *_, **__: [sys.executable, "-c", "import sys; print(sys.path)"])
-    assert gpu.run_part("peers", tmp_path, 30, smoke=True) == "done"
+    instead(monkeypatch, "import sys; print(sys.path)")
+    assert gpu.run_part("peers", tmp_path, 60, smoke=True) == "done"
     assert str([str(gpu.ROOT), "/tmp/site"])[1:-1] in (tmp_path / "peers.txt").read_text()
 
 
+@pytest.mark.parametrize("only", ["overheads", "", "peers,"])
 def test_an_unknown_part_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "new"), "--only", "overheads"])
-    with pytest.raises(SystemExit):
-        gpu.main()
-    assert "--only names 'overheads'; use some of overhead,screen" in capsys.readouterr().err
+    assert run(monkeypatch, "--out", str(tmp_path / "new"), "--only", only) == 2
+    assert "use some of overhead,screen" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
