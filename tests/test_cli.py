@@ -134,3 +134,25 @@ def test_help_lists_every_command_and_loads_neither_torch_nor_pyarrow() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("screen", "generate", "report", "--keep-before", "--resume"):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["screen", "empty.txt", "--out", "new"],
+        ["generate", "a cat", "--out", "new.png", "--steps", "0"],
+        ["evaluate", "empty.txt", "--out", "new"],
+        ["calibrate", "empty.txt", "--out", "new.json"],
+        ["lid", "none.png", "--prompt", "a cat"],
+        ["explain", "a cat", "--out", "new.png", "--steps", "0"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_refusal_is_one_line_in_a_process_of_its_own(folder: Path, arguments: list[str]) -> None:
+    """Where the libraries are imported for it, and would log."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sd_guard.cli", *arguments], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

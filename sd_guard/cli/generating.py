@@ -81,7 +81,9 @@ def screen_prompts(
 
     Writes records.parquet, images and report.html, and ends with a table.
     """
-    from sd_guard.screening.loading import load_screener
+    from sd_guard.screening.loading import load_screener, silence
+
+    silence()  # before the libraries are imported, which log as they are: a refusal is one line
     from sd_guard.screening.processes import join_processes, wait_until
     from sd_guard.screening.runner import join_run, plan_run, screen
 

@@ -95,8 +95,10 @@ def calibrate_model(
 
     Images are sampled up to the guard's last look, and not decoded; with --depth quick, none is sampled.
     """
+    from sd_guard.screening.loading import load_pipeline, silence
+
+    silence()  # before the libraries are imported, which log as they are: a refusal is one line
     from sd_guard.screening.calibrating import CalibrationSettings, calibrate, plan_calibration
-    from sd_guard.screening.loading import load_pipeline
 
     with one_line(BAD_ARGUMENTS):
         settings = CalibrationSettings(
