@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sd_guard.noise import NoiseLevel, Prediction
 
@@ -141,6 +142,26 @@ class Mitigation(Protocol):
     def propose(self, subject: Subject) -> Iterator[Change]:
         """Yields changes; ends where the family has nothing more to try or cannot afford it."""
         ...
+
+
+def sparing(subject: Subject) -> Subject:
+    """The subject, holding no activations between a call and its backward pass, which does the call again.
+
+    For what needs the gradient through several calls: at most one of them is held at a time. With calls of one lane,
+    that much fits beside any batch where one more batch would (`benchmarks/memory.py`). The calls that are done again
+    are billed as they are done.
+    """
+
+    def denoise(text: Tensor, latents: Tensor) -> Prediction:
+        # Nothing in a model that samples draws numbers of its own, so there is no state of theirs to keep.
+        return checkpoint(subject.denoise, text, latents, use_reentrant=False, preserve_rng_state=False)
+
+    return replace(subject, denoise=denoise)
+
+
+def gradient_cost(lanes: int) -> float:
+    """Lanes of evaluating so many with gradients, and of the backward pass: more than one are evaluated again."""
+    return lanes * (1 + BACKWARD_LANES + (lanes > 1))
 
 
 def check_gradients(pipe: Any, who: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from sd_guard.mitigation.base import BACKWARD_LANES, Change, Subject, check_gradients
+from sd_guard.mitigation.base import BACKWARD_LANES, Change, Subject, check_gradients, gradient_cost, sparing
 from sd_guard.mitigation.optimisation import measure, objective_of, slope
 
 SHARPNESS: Final = "sharpness"
@@ -149,8 +149,7 @@ class NoiseOptimisation:
     @property
     def _cost(self) -> float:
         """Lanes of one step."""
-        evaluated = 4 if self.statistic == SHARPNESS else 1 + objective_of(self.statistic).lanes(self.probes)
-        return evaluated * (1 + BACKWARD_LANES)
+        return gradient_cost(4 if self.statistic == SHARPNESS else 1 + objective_of(self.statistic).lanes(self.probes))
 
     def _met(self, value: float) -> bool:
         rises = self.statistic == SHARPNESS or objective_of(self.statistic).rises
@@ -158,6 +157,7 @@ class NoiseOptimisation:
 
     def _follow(self, subject: Subject, z: Tensor, unit: Tensor, step: int) -> tuple[float, Tensor]:
         """The statistic at z, and its gradient towards more of a memory."""
+        subject = sparing(subject)
         if self.statistic == SHARPNESS:
             with torch.enable_grad():
                 value = sharpness(subject, z, unit)
@@ -183,10 +183,12 @@ def sharpness(subject: Subject, z: Tensor, unit: Tensor) -> Tensor:
         z: (C, H, W) first latent, of unit deviation.
         unit: (C, H, W) what the sampler's latents have in its place.
     """
-    text = torch.stack([subject.empty_embeds, subject.prompt_embeds])
 
     def difference(z: Tensor) -> Tensor:
-        without, with_prompt = subject.denoise(text, (unit * z).expand(2, -1, -1, -1)).e_hat
+        latents = (unit * z)[None]  # a lane at a time: the backward pass holds one
+        without, with_prompt = (
+            subject.denoise(text[None], latents).e_hat[0] for text in (subject.empty_embeds, subject.prompt_embeds)
+        )
         return with_prompt - without
 
     d = difference(z)

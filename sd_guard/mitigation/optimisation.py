@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sd_guard.mitigation.base import BACKWARD_LANES, Change, Subject, check_gradients
+from sd_guard.mitigation.base import BACKWARD_LANES, Change, Subject, check_gradients, gradient_cost, sparing
 from sd_guard.noise import NoiseLevel, Prediction
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import flipd, probe_products, trajectory_lid
@@ -55,7 +55,11 @@ class Objective(NamedTuple):
 
     def cost(self, probes: int) -> float:
         """Lanes of one evaluation and its gradient."""
-        return self.lanes(probes) * (1 + BACKWARD_LANES)
+        return gradient_cost(self.lanes(probes))
+
+    def watched(self, subject: Subject, probes: int) -> Subject:
+        """The subject to `measure` with: sparing with memory where there is more than one lane."""
+        return sparing(subject) if self.lanes(probes) > 1 else subject
 
 
 def _cfg_norm(look: Look) -> Tensor:
@@ -210,7 +214,7 @@ class EmbeddingOptimisation:
     def propose(self, subject: Subject) -> Iterator[Change]:
         """One change a number of steps, and one where the target is met."""
         objective = objective_of(self.statistic)
-        cost = objective.cost(self.probes)
+        cost, watched = objective.cost(self.probes), objective.watched(subject, self.probes)
         if subject.lanes_left() < cost + 1:
             return
         latents, dtype = subject.latents[None], subject.prompt_embeds.dtype
@@ -225,7 +229,7 @@ class EmbeddingOptimisation:
             if step == self.steps[-1] or subject.lanes_left() < cost:
                 return
             with torch.enable_grad():
-                value = measure(objective, subject, text, latents, without, probes=self.probes, draw=step)
+                value = measure(objective, watched, text, latents, without, probes=self.probes, draw=step)
             if not bool(value.isfinite()):
                 return
             if self._met(objective, value.item()):

@@ -89,7 +89,7 @@ def attributions(subject: Subject, words: Sequence[str], statistic: str) -> dict
         without = subject.denoise(subject.empty_embeds[None], latents)
     text = subject.prompt_embeds.detach().float().clone()[None].requires_grad_()
     with torch.enable_grad():
-        value = measure(objective, subject, text, latents, without)
+        value = measure(objective, objective.watched(subject, 1), text, latents, without)
     gradient = slope(objective, subject, value, text)
     # Through the text encoder apart, which may have been offloaded meanwhile; in units that float16 can hold.
     ids = torch.tensor([lexicon.read(" ".join(words))], device=table.device)

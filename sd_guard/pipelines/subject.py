@@ -63,11 +63,11 @@ class Origin:
         level, kind = read_level(scheduler, timestep), prediction_type(self.pipe)
         size = max(_BATCH, 2 * start.latents.shape[0])
         outputs: list[Tensor] = []
+        self.bill(len(text))  # before the call: where it is done again for a backward pass, it ends with the UNet
         with _checkpointed(self.pipe.unet) if torch.is_grad_enabled() else nullcontext():
             for points, part in zip(x.split(size), text.to(self.lane.prompt_embeds).split(size), strict=True):
                 rows = torch.zeros(len(part), dtype=torch.long, device=part.device)
                 outputs.append(call_unet(self.pipe.unet, points, timestep, self.lane.select(rows).with_prompt(part)))
-        self.bill(len(text))
         return interpret(torch.cat(outputs), x, level, kind)
 
     def bill(self, lanes: float) -> None:

@@ -26,9 +26,9 @@ from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
     ("mitigation", "lanes"),
     [
         (Renoise(to=(0.2,)), 6),
-        (NoiseOptimisation(), 14 + 5 * 4 * 3),
-        (NoiseOptimisation(statistic="cfg_norm"), 14 + 5 * 2 * 3),
-        (NoiseOptimisation(statistic="added_detail"), 14 + 5 * 2 * 3),
+        (NoiseOptimisation(), 14 + 5 * 4 * 4),
+        (NoiseOptimisation(statistic="cfg_norm"), 14 + 5 * 2 * 4),
+        (NoiseOptimisation(statistic="added_detail"), 14 + 5 * 2 * 4),
     ],
 )
 def test_a_memory_is_left_alone(parts: dict[str, Any], mitigation: Any, lanes: int) -> None:
@@ -174,15 +174,15 @@ class Told(NoiseOptimisation):
         return value, gradient
 
 
-@pytest.mark.parametrize("budget", [0, 11, 12, 59, 60, 61, 10_000])
+@pytest.mark.parametrize("budget", [0, 15, 16, 79, 80, 81, 10_000])
 def test_the_budget_and_the_steps_are_bounds(budget: int) -> None:
-    """Twelve lanes a step: no step is begun that cannot be paid, and none beyond the last."""
+    """Sixteen lanes a step, four of them again: no step is begun that cannot be paid, and none beyond the last."""
     world = Remembering(budget=budget)
     changes = list(NoiseOptimisation(steps=(2, 5)).propose(world.subject()))
-    steps = min(5, budget // 12)
-    assert budget - world.budget == 12 * steps
+    steps = min(5, budget // 16)
+    assert budget - world.budget == 16 * steps
     assert [change.strength for change in changes] == [step for step in (2.0, 5.0) if step <= steps]
-    assert 12 == 4 * (1 + BACKWARD_LANES)
+    assert 16 == 4 * (2 + BACKWARD_LANES)
 
 
 def test_it_stops_at_the_target() -> None:
