@@ -1,9 +1,9 @@
 """Peak memory of what takes gradients, beside that of one more batch: `python -m benchmarks.memory`.
 
-Every image is flagged, and the mitigation alone is the plan, with one Adam step. What torch allocates beyond the weights
-is counted, on the CPU by the profiler's events; how many sampling steps there are does not matter to it. Latents are
-returned: decoding takes more than all else at this size. `of_one_more_batch` is what a mitigation adds to the peak of
-the unguarded call, over what one more batch of the same size would add.
+Every image is flagged, and the mitigation alone is the plan, with one Adam step. What torch allocates beyond the
+weights is counted, on the CPU by the profiler's events; how many sampling steps there are does not matter to it.
+Latents are returned: decoding takes more than all else at this size. `of_one_more_batch` is what a mitigation adds to
+the peak of the unguarded call, over what one more batch of the same size would add.
 """
 
 from __future__ import annotations
