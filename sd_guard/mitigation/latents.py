@@ -82,8 +82,8 @@ class NoiseOptimisation:
     says what has met its target. Other statistics than SAIL's may be followed. The optimised tensor is float32 whatever
     the model is, and the attention kernels stay as they are.
 
-    Strength: Adam steps. A step costs four lanes and a backward pass through them (`sharpness`), or two lanes more than
-    `EmbeddingOptimisation` and its backward pass.
+    Strength: Adam steps. A step costs four lanes (`sharpness`), or one more than `EmbeddingOptimisation`, a backward
+    pass through them, and each of them again, for that pass to hold one.
 
     Attributes:
         statistic: `sharpness`, or one of `OBJECTIVES`.

@@ -177,7 +177,8 @@ class EmbeddingOptimisation:
     way. Theirs is AdamW, whose decay is too small to matter, at the first step; `flipd` is taken there at step 40 of
     50, which leaves this guard nothing to resume. The optimised tensor is float32 whatever the model is.
 
-    Strength: Adam steps. A step costs an evaluation of the statistic and a backward pass through it.
+    Strength: Adam steps. A step costs an evaluation of the statistic and a backward pass through it, and of more lanes
+    than one (`trajectory_lid`, `flipd`) another evaluation, for that pass to hold one of them.
 
     Attributes:
         statistic: one of `OBJECTIVES`.
