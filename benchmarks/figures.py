@@ -153,6 +153,20 @@ def mitigation_table(result: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def memory(result: dict[str, Any]) -> str:
+    """What gradients take beside one more batch."""
+    (batch,) = result["batches"]
+    shares = {name: line["of_one_more_batch"] for name, line in batch["lines"].items() if name != "none"}
+    low, high = (pick(shares, key=shares.__getitem__) for pick in (min, max))
+    return (
+        "*Memory* of those that take gradients, at Stable Diffusion 1.5's size (random weights, 512 x 512, "
+        f"{result['provenance']['dtype']}, a batch of one): an unguarded call allocates {batch['unguarded_mib']:.0f} "
+        f"MiB beyond the weights, decoding apart, and one more image {batch['one_more_batch_mib']:.0f} more; of that, "
+        f"`{low}` needs {shares[low]:.0%} and `{high}` {shares[high]:.0%}, the others between "
+        f"({result['provenance']['git']})."
+    )
+
+
 def mitigations_table(result: dict[str, Any], tuned: dict[str, Any]) -> str:
     """Each mitigation by itself; what the plan was chosen by is of `tune` rows."""
     header = (
@@ -339,6 +353,9 @@ def figures() -> str:
             f"caption. Revisions {load('mitigations')['provenance']['git']} and, for the last column, "
             f"{load('mitigations_tune')['provenance']['git']}.",
             mitigations_table(load("mitigations"), load("mitigations_tune")),
+            "These are of before a gradient through several lanes (`trajectory_lid`, `flipd`, `noise_optimisation`) "
+            "did each again for its backward pass, which costs a lane more for each of them.",
+            memory(load("memory")),
             f"*Explanation*: a rare word is named first by {attribution(load('attribution'))} "
             f"({revision('attribution')}). "
             + " ".join(

@@ -118,8 +118,7 @@ def token_encoder(
 def _checkpointed(unet: Any) -> Generator[None, None, None]:
     """Has the UNet recompute its blocks in a backward pass, so that the pass holds one of them at a time.
 
-    On a random UNet of Stable Diffusion 1's size, 64 x 64 latents, float32 on a CPU: 1.1 GiB a lane where it is 2.2
-    without, and 0.25 without gradients.
+    What is left of a lane is the input of each, twice the memory of a lane without gradients (`benchmarks/memory.py`).
     """
     if not hasattr(unet, "enable_gradient_checkpointing") or unet.is_gradient_checkpointing:
         yield
