@@ -162,7 +162,7 @@ def memory(result: dict[str, Any]) -> str:
         "*Memory* of those that take gradients, at Stable Diffusion 1.5's size (random weights, 512 x 512, "
         f"{result['provenance']['dtype']}, a batch of one): an unguarded call allocates {batch['unguarded_mib']:.0f} "
         f"MiB beyond the weights, decoding apart, and one more image {batch['one_more_batch_mib']:.0f} more; of that, "
-        f"`{low}` needs {shares[low]:.0%} and `{high}` {shares[high]:.0%}, the others between "
+        f"`{low}` needs {percent(shares[low])} and `{high}` {percent(shares[high])}, the others between "
         f"({result['provenance']['git']})."
     )
 

@@ -21,6 +21,7 @@ from benchmarks.results import write_result
 from sd_guard import mitigation as m
 from sd_guard.bench.architectures import build_pipeline
 from sd_guard.bench.base import NOBODY, prompts
+from sd_guard.bench.measuring import time_run
 from sd_guard.bench.mitigation import TakeAnything
 from sd_guard.guard import Guard
 from sd_guard.mitigation.optimisation import OBJECTIVES
@@ -40,14 +41,11 @@ PLANS: dict[str, m.Mitigation] = {
 }
 
 
-def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
+def allocated_mib(run: Callable[[], Any], device: torch.device) -> float:
     """What was allocated at most beyond what was there before."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+        timed = time_run(run, device)
+        return ((timed.peak or 0) - (timed.resident or 0)) / MIB
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     found = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -66,7 +64,7 @@ def measure(pipe: Any, batch: int, device: torch.device) -> dict[str, Any]:
         return pipe(prompt=prompts(count), num_inference_steps=STEPS, generator=seeds, output_type="latent")
 
     pipe.disable_guard()
-    alone, twice = (peak_mib(lambda count=count: call(count), device) for count in (batch, 2 * batch))
+    alone, twice = (allocated_mib(lambda count=count: call(count), device) for count in (batch, 2 * batch))
     found = {"batch": batch, "unguarded_mib": round(alone, 1), "one_more_batch_mib": round(twice - alone, 1)}
     print(found, flush=True)
     policy = TakeAnything(budget=10_000, max_attempts=1, max_resemblance=1.0, on_failure="keep")
@@ -76,7 +74,7 @@ def measure(pipe: Any, batch: int, device: torch.device) -> dict[str, Any]:
         detector = replace(NOBODY, threshold=-math.inf)
         pipe.enable_guard(replace(Guard(), plan=plan, policy=policy, detector=detector))
         told: list[Any] = []
-        peak = peak_mib(lambda told=told: told.extend(call(batch).records), device)
+        peak = allocated_mib(lambda told=told: told.extend(call(batch).records), device)
         lines[name] = {
             "peak_mib": round(peak, 1),
             "of_one_more_batch": round((peak - alone) / (twice - alone), 3),

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,14 @@ import torch
 from benchmarks.reference.measure import is_copy
 from benchmarks.results import write_result
 from sd_guard import mitigation as m
+from sd_guard.bench.mitigation import TakeAnything
 from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
-from sd_guard.policy import Policy
 from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
 from sd_guard.reference.reader import reads_as
 from sd_guard.similarity import tiled_l2
 
 FIRST_SEED, SEEDS, BATCH = 90_000, 2, 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TakeAnything(Policy):
-    """Takes the first change."""
-
-    def accepts(self, score: float, threshold: float, resemblance: float) -> bool:
-        """Always."""
-        return True
 
 
 NEAREST = m.NearestMeaning()

@@ -144,13 +144,18 @@ class Mitigation(Protocol):
         ...
 
 
-def sparing(subject: Subject) -> Subject:
-    """The subject, holding no activations between a call and its backward pass, which does the call again.
+def sparing(subject: Subject, lanes: int) -> Subject:
+    """The subject for a gradient through so many calls of one lane: a backward pass holds the activations of one.
 
-    For what needs the gradient through several calls: at most one of them is held at a time. With calls of one lane,
-    that much fits beside any batch where one more batch would (`benchmarks/memory.py`). The calls that are done again
-    are billed as they are done.
+    More than one are not held until then, but done again for it, and billed again. One lane with its gradient takes
+    less memory than one more image would (`benchmarks/memory.py`).
+
+    Args:
+        subject: that is asked.
+        lanes: calls between the tensor that the gradient is taken of and the statistic; of one, the subject itself.
     """
+    if lanes == 1:
+        return subject
 
     def denoise(text: Tensor, latents: Tensor) -> Prediction:
         # Nothing in a model that samples draws numbers of its own, so there is no state of theirs to keep.

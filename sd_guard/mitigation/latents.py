@@ -130,7 +130,7 @@ class NoiseOptimisation:
         for step in range(self.steps[-1] + 1):
             if step in self.steps:
                 yield self._change(subject, step, unit * z.detach())
-            if step == self.steps[-1] or subject.lanes_left() < self._cost:
+            if step == self.steps[-1] or subject.lanes_left() < gradient_cost(self._lanes):
                 return
             value, gradient = self._follow(subject, z, unit, step)
             if not math.isfinite(value):
@@ -147,9 +147,9 @@ class NoiseOptimisation:
         return Change("noise_optimisation", float(step), subject.prompt_embeds, latents=latents)
 
     @property
-    def _cost(self) -> float:
-        """Lanes of one step."""
-        return gradient_cost(4 if self.statistic == SHARPNESS else 1 + objective_of(self.statistic).lanes(self.probes))
+    def _lanes(self) -> int:
+        """Lanes of one evaluation, its gradient apart."""
+        return 4 if self.statistic == SHARPNESS else 1 + objective_of(self.statistic).lanes(self.probes)
 
     def _met(self, value: float) -> bool:
         rises = self.statistic == SHARPNESS or objective_of(self.statistic).rises
@@ -157,7 +157,7 @@ class NoiseOptimisation:
 
     def _follow(self, subject: Subject, z: Tensor, unit: Tensor, step: int) -> tuple[float, Tensor]:
         """The statistic at z, and its gradient towards more of a memory."""
-        subject = sparing(subject)
+        subject = sparing(subject, self._lanes)
         if self.statistic == SHARPNESS:
             with torch.enable_grad():
                 value = sharpness(subject, z, unit)

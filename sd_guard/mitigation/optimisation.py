@@ -57,10 +57,6 @@ class Objective(NamedTuple):
         """Lanes of one evaluation and its gradient."""
         return gradient_cost(self.lanes(probes))
 
-    def watched(self, subject: Subject, probes: int) -> Subject:
-        """The subject to `measure` with: sparing with memory where there is more than one lane."""
-        return sparing(subject) if self.lanes(probes) > 1 else subject
-
 
 def _cfg_norm(look: Look) -> Tensor:
     """Wen et al. (2024, arXiv 2407.21720)."""
@@ -125,7 +121,7 @@ def measure(
 
     Args:
         objective: one of `OBJECTIVES`.
-        subject: whose lanes are spent.
+        subject: whose lanes are spent; `sparing` for a gradient.
         text: (1, tokens, width).
         latents: (1, C, H, W), as the sampler has them before `scale_model_input`.
         without: the prediction without a prompt at `latents`.
@@ -215,7 +211,7 @@ class EmbeddingOptimisation:
     def propose(self, subject: Subject) -> Iterator[Change]:
         """One change a number of steps, and one where the target is met."""
         objective = objective_of(self.statistic)
-        cost, watched = objective.cost(self.probes), objective.watched(subject, self.probes)
+        cost, spared = objective.cost(self.probes), sparing(subject, objective.lanes(self.probes))
         if subject.lanes_left() < cost + 1:
             return
         latents, dtype = subject.latents[None], subject.prompt_embeds.dtype
@@ -230,7 +226,7 @@ class EmbeddingOptimisation:
             if step == self.steps[-1] or subject.lanes_left() < cost:
                 return
             with torch.enable_grad():
-                value = measure(objective, watched, text, latents, without, probes=self.probes, draw=step)
+                value = measure(objective, spared, text, latents, without, probes=self.probes, draw=step)
             if not bool(value.isfinite()):
                 return
             if self._met(objective, value.item()):

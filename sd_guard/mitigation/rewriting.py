@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sd_guard.mitigation.base import Change, Subject, check_gradients
+from sd_guard.mitigation.base import Change, Subject, check_gradients, sparing
 from sd_guard.mitigation.optimisation import measure, objective_of, slope
 from sd_guard.mitigation.rewriters import Deletion, Lexicon, Rewriter, check_rewriter, lexicon_of, read_rewriter
 
@@ -89,7 +89,7 @@ def attributions(subject: Subject, words: Sequence[str], statistic: str) -> dict
         without = subject.denoise(subject.empty_embeds[None], latents)
     text = subject.prompt_embeds.detach().float().clone()[None].requires_grad_()
     with torch.enable_grad():
-        value = measure(objective, objective.watched(subject, 1), text, latents, without)
+        value = measure(objective, sparing(subject, objective.lanes(1)), text, latents, without)
     gradient = slope(objective, subject, value, text)
     # Through the text encoder apart, which may have been offloaded meanwhile; in units that float16 can hold.
     ids = torch.tensor([lexicon.read(" ".join(words))], device=table.device)

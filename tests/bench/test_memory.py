@@ -30,6 +30,6 @@ def test_a_gradient_fits_where_one_more_image_would(pipe: Any) -> None:
 
 def test_and_would_not_if_all_lanes_were_held(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """So the measure can fail."""
-    monkeypatch.setattr("sd_guard.mitigation.latents.sparing", lambda subject: subject)
+    monkeypatch.setattr("sd_guard.mitigation.latents.sparing", lambda subject, lanes: subject)
     monkeypatch.setattr("benchmarks.memory.PLANS", {SEVERAL: PLANS[SEVERAL]})
     assert measure(pipe, 1, CPU)["lines"][SEVERAL]["of_one_more_batch"] > 1
