@@ -353,8 +353,6 @@ def figures() -> str:
             f"caption. Revisions {load('mitigations')['provenance']['git']} and, for the last column, "
             f"{load('mitigations_tune')['provenance']['git']}.",
             mitigations_table(load("mitigations"), load("mitigations_tune")),
-            "These are of before a gradient through several lanes (`trajectory_lid`, `flipd`, `noise_optimisation`) "
-            "did each again for its backward pass, which costs a lane more for each of them.",
             memory(load("memory")),
             f"*Explanation*: a rare word is named first by {attribution(load('attribution'))} "
             f"({revision('attribution')}). "
