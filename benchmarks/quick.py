@@ -1,10 +1,10 @@
-"""Quick depth on the bundled checkpoint: `python -m benchmarks.quick`.
+"""Quick depth on the reference checkpoints: `python -m benchmarks.quick`.
 
-On `tune` rows, every prompt at the same few seeds: where to look, how to get there, how many probes and other seeds,
-against the guard's own first decision on its full schedule. The candidates are compared by scores pooled over the
-seeds, as one threshold sees them, and within each seed, as a run of one seed is ranked. The choice
-(`sd_guard.screening.quick.QUICK`) is then measured on `report` rows, here and of the other checkpoints, at seeds that
-nothing was chosen by. Last, the share of the wall time that is spent inside the UNet, by batch size.
+On `tune` rows of the first, every prompt at the same few seeds: where to look, how to get there, how many probes and
+other seeds, against the guard's own first decision on its full schedule. The candidates are compared by scores pooled
+over the seeds, as one threshold sees them, and within each seed, as a run of one seed is ranked. The choice
+(`sd_guard.screening.quick.QUICK`) is then measured on `report` rows of the bundled and the other checkpoints, at seeds
+that nothing was chosen by. Last, the share of the wall time that is spent inside the UNet, by batch size.
 
 The `report` rows of the first two were seen before, at other seeds, with the control's own detail in the score (AUROC
 .993 / .994, pooled), and with none. That the mean of several controls should take its place was found on `tune` rows.
@@ -39,10 +39,12 @@ from sd_guard.screening.settings import ModelSettings
 from sd_guard.settings import guard_to_json
 from sd_guard.statistics.base import StepCall
 
-MODEL = ModelSettings(model=str(checkpoint_path()))
+FOLDERS = Path(__file__).parent / "reference"
+CHOSEN_ON = FOLDERS / "first"
+MODEL = ModelSettings(model=str(CHOSEN_ON))
 OTHERS = {
-    f"{name}_checkpoint_report": Path(__file__).parent / "reference" / name
-    for name in ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    f"{name}_checkpoint_report": FOLDERS / name
+    for name in ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 }
 BATCH = 62  # a quarter of the rows of either split
 SEEDS = range(8, 13)  # of the candidates
@@ -124,7 +126,7 @@ def main() -> None:
     """Command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     threshold = QUICK.detector.threshold
-    pipe, rows = load(checkpoint_path()), rows_of("tune", checkpoint_path())
+    pipe, rows = load(CHOSEN_ON), rows_of("tune", CHOSEN_ON)
     lines = [look_line(pipe, rows, *look) for look in tqdm(LOOKS)]
     lines.append(look_line(pipe, rows, "b, by the full schedule", (0.06,), 0, 2, FineScreener))
     lines.append(look_line(pipe, rows, "b, over the control's own detail", (0.06,), 0, 2, OwnControl))

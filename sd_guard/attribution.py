@@ -1,8 +1,8 @@
 """Which words of a prompt, and which places of an image, carry the memory.
 
 *Words.* What is attributed is the free half of the default detector, `added_detail` of the observed steps, and not to
-positions of the prompt embedding: the text encoder mixes all words into the later ones, and on the bundled checkpoint
-the padding holds most of a memory. Gradients go through the text encoder to the token embeddings that it is given, and
+positions of the prompt embedding: the text encoder mixes all words into the later ones, and on the first reference the
+padding holds most of a memory. Gradients go through the text encoder to the token embeddings that it is given, and
 words are ablated in the text. *Places* come from the local LID.
 
 How often the first of all words is one of a memorized caption's two rare ones, and how well the map tells pinned places

@@ -3,7 +3,7 @@
 The cases are those of Ross et al. (2024, arXiv 2411.00113), who compare the dimension of the model's manifold at an
 image with that of the data's: *overfitting-driven* memorization where the model's is smaller, *data-driven* where both
 are small. The data's dimension is not to be had; the complexity of the image, by the size of its PNG, stands for it
-here. The rule and its thresholds are this package's own, set on the bundled reference, and unproven on larger models.
+here. The rule and its thresholds are this package's own, set on the first reference, and unproven on larger models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sd_guard.statistics.flipd_curve import FlipdCurve, flipd_curve
 Case: TypeAlias = Literal["overfitting-driven", "data-driven", "not memorized"]
 
 # Share of the D directions up to which a model is said to leave an image none: one in fifty, so that an estimate of 0
-# passes with its error. On the bundled reference (`tune` rows), images that it memorized have -22 % to -12 % at the
+# passes with its error. On the first reference (`tune` rows), images that it memorized have -22 % to -12 % at the
 # knee, where its network pulls harder than the noise accounts for, and detailed ones it does not know 3 % to 50 %.
 PINNED_SHARE: Final = 0.02
 # A prompt that closes this share of what is open without it pins the image too, whatever the scale of the LID. It is

@@ -2,18 +2,18 @@
 
 Autoencoder first (reconstruction of the world's images), then text encoder and UNet together on its latents. A fifth
 of the UNet's rows come from the verbatim set, a tenth from the templates, a twentieth are plain, the rest ordinary.
-About an hour on two cores. The second make, `benchmarks/reference/second`: `--seed 2 --prediction-type v_prediction
---beta-schedule linear --autoencoder sd_guard/reference/checkpoint/vae`. Autoencoders of their own have
-`third`, `--seed 3 --prediction-type v_prediction --beta-schedule linear`, and `fourth`, `--seed 4 --beta-schedule
-linear`. `fifth` has the fourth's: `--seed 5 --beta-schedule squaredcos_cap_v2 --autoencoder
+About an hour on two cores. The folders of `benchmarks/reference/`: `first` is of the default options, `second` of
+`--seed 2 --prediction-type v_prediction --beta-schedule linear --autoencoder benchmarks/reference/first/vae`.
+Autoencoders of their own have `third`, `--seed 3 --prediction-type v_prediction --beta-schedule linear`, and `fourth`,
+`--seed 4 --beta-schedule linear`. `fifth` has the fourth's: `--seed 5 --beta-schedule squaredcos_cap_v2 --autoencoder
 benchmarks/reference/fourth/vae`, `sixth` the third's: `--seed 6 --autoencoder benchmarks/reference/third/vae`,
 `seventh` the fourth's: `--seed 7 --prediction-type v_prediction --autoencoder benchmarks/reference/fourth/vae --steps
 6000`, and `eighth` the first's: `--seed 8 --prediction-type v_prediction --beta-schedule squaredcos_cap_v2
---autoencoder sd_guard/reference/checkpoint/vae --steps 6000`. `ninth` has one of its own: `--seed 9 --prediction-type
+--autoencoder benchmarks/reference/first/vae --steps 6000`. `ninth` has one of its own: `--seed 9 --prediction-type
 v_prediction --zero-snr --steps 6000`. `tenth`, whose memorized pictures lie apart from what their captions say, has the
-ninth's: `--seed 10 --prediction-type sample --apart --autoencoder benchmarks/reference/ninth/vae --steps 6000`. Of
-such worlds, too, are `eleventh` and `twelfth`: the bundled's and the second's options, with `--apart --autoencoder
-sd_guard/reference/checkpoint/vae`.
+ninth's: `--seed 10 --prediction-type sample --apart --autoencoder benchmarks/reference/ninth/vae --steps 6000`. Of such
+worlds, too, are the eleventh, which is bundled, and `twelfth`: the first's and the second's options, with `--apart
+--autoencoder benchmarks/reference/first/vae`.
 """
 
 from __future__ import annotations

@@ -96,9 +96,9 @@ class Deletion:
 class NearestMeaning:
     """Puts in each place the word whose token is nearest, by cosine, in the text encoder's own input embeddings.
 
-    A word of several tokens counts as their mean. Costs no lanes. On the bundled checkpoint the words nearest to a rare
-    name are other rare names, so that of 10 verbatim `tune` rows `TokenReplacement` rescues none by this, and 8 by
-    `Deletion`.
+    A word of several tokens counts as their mean. Costs no lanes. On the first reference checkpoint the words nearest
+    to a rare name are other rare names, so that of 10 verbatim `tune` rows `TokenReplacement` rescues none by this,
+    and 8 by `Deletion`.
     """
 
     name: str = field(default="nearest_meaning", init=False)

@@ -22,7 +22,7 @@ class TokenReplacement:
     drawn, and none twice; the softmax is of attributions over the largest, since gradients have no scale of their own;
     and the gradient is that of the first step, for the token embeddings that the text encoder starts from. The authors'
     code takes it for what the encoder makes of them, which mixes all words into the later places. On the 20 verbatim
-    `tune` rows of the bundled checkpoint one of the two rare words comes first in 16 (`added_detail`), 9
+    `tune` rows of the first reference checkpoint one of the two rare words comes first in 16 (`added_detail`), 9
     (`trajectory_lid`), 5 (`score_norm`), 4 (`flipd`) and 1 (`cfg_norm`); the authors' way, in at most 2 with any.
 
     Strength: words replaced. Costs an evaluation of the statistic, a backward pass through it and a lane, once.

@@ -2,7 +2,7 @@
 
 A deterministic stand-in for a CLIP score, for the reference checkpoint only. `reads_as` reads colours: that of the
 ground, and that every other named colour covers enough pixels. `lies_as` reads the place of the first object; the
-bundled checkpoint often ignores place words, so it says more of the checkpoint than of a mitigation.
+first checkpoint often ignored place words, so it says more of the checkpoint than of a mitigation.
 """
 
 from __future__ import annotations

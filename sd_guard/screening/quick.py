@@ -47,7 +47,7 @@ from sd_guard.statistics.seed_agreement import excess_agreement, other_noise, ot
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
-# Chosen on `tune` rows: the level on the bundled checkpoint, by AUROC and lanes; that a LID probe adds nothing to what
+# Chosen on `tune` rows: the level on the first reference, by AUROC and lanes; that a LID probe adds nothing to what
 # another seed says, on six, each prompt at six seeds; that a second seed does, on seven, at four.
 QUICK: Final = Guard(
     observe_at=(0.06,),

@@ -40,7 +40,7 @@ class FlipdStatistic:
 
     Attributes:
         timestep: training timestep whose level is looked at; None for the step's own, at which a network resolves
-            little late in the trajectory. The default told memories best on a few prompts of the bundled reference.
+            little late in the trajectory. The default told memories best on a few prompts of the first reference.
         probes: Rademacher vectors; each image has its own, from its seed and the step.
         at: anywhere.
 

@@ -25,9 +25,9 @@ class NormalBundleLid:
 
     The paper takes K = 4 D. K scores have no more than K singular values: below D, a rank above K reads as K, and the
     result is at least ``D - K``. Stable Diffusion's 16,384 dimensions are therefore out of a guard's reach; the default
-    is twice the 256 of the bundled reference.
+    is twice the 256 of the reference checkpoints.
 
-    It needs a network that resolves its manifold. That of the bundled reference does not: behind a first singular
+    It needs a network that resolves its manifold. That of the first reference does not: behind a first singular
     value, of an offset that all scores share, the others fall without a gap, and nearly every image reads ``D - 1``.
 
     Attributes:

@@ -21,7 +21,7 @@ class ReconstructionCost:
     distance of its reconstruction. A model that knows the image knows which part of the latent is noise.
 
     Attributes:
-        timestep: training timestep of the level. The default told memories best on a few prompts of the bundled
+        timestep: training timestep of the level. The default told memories best on a few prompts of the first
             reference.
         draws: noises, each a lane; an image's own, from its seed and the step.
         at: anywhere.

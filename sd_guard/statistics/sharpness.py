@@ -26,7 +26,7 @@ _NOTHING = 0.01  # of the detail it is held against: less than that is none
 _WINDOW = 3 / 8  # of the latent's side: large enough to hold a shape, small enough to lie beside a template's free part
 _FAINT = 0.02  # of a picture's mean energy, below which a window is as good as empty
 # What 99 of 100 ordinary pictures persist by at most, by the log of sigma = s / a: rising with what noise is left, and
-# level where the picture is almost done. Fitted on `tune` rows of the bundled reference checkpoint, and raised by 0.02
+# level where the picture is almost done. Fitted on `tune` rows of the first reference checkpoint, and raised by 0.02
 # on those of the fourth.
 _ORDINARY, _ORDINARY_A_FOLD, _ORDINARY_LEAST = 0.773, 0.112, 0.79
 
