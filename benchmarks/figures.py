@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.checkpoints import MAKES
 from benchmarks.results import FOLDER
+from benchmarks.sweep import DEFAULT
 
 README, ALL = Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"
 AGAIN = ("first", "twelfth")  # explanation and evasion are measured on these, too
@@ -99,12 +100,11 @@ def above(result: dict[str, Any]) -> str:
     return ", ".join(found) or "none"
 
 
-def sweep_table(*results: dict[str, Any]) -> str:
+def sweep_table(results: dict[str, dict[str, Any]]) -> str:
     """The guard across settings, on each checkpoint: AUROC and shares flagged."""
     rows: list[tuple[Any, ...]] = []
-    default = results[0]["lines"][0]["setting"]
-    for lines in zip(*(result["lines"] for result in results), strict=True):
-        changed = {key: value for key, value in lines[0]["setting"].items() if value != default[key]}
+    for lines in zip(*(result["lines"] for result in results.values()), strict=True):
+        changed = {key: value for key, value in lines[0]["setting"].items() if value != DEFAULT[key]}
         name = ", ".join(f"{key} {value}".removesuffix("Scheduler") for key, value in changed.items()) or "default"
         cells: list[str] = []
         for line in lines:
@@ -114,7 +114,7 @@ def sweep_table(*results: dict[str, Any]) -> str:
             cells += [" / ".join(percent(own[f]) for f in ("verbatim", "template", "novel"))]
         rows.append((name, *cells))
     each = ("AUROC verbatim / template", "flagged verbatim / template / novel")
-    return table(("setting", *each, *(f"second: {name}" for name in each)), rows)
+    return table(("setting", *(f"{name}: {what}" for name in results for what in each)), rows)
 
 
 def copies(row: dict[str, Any], rule: str) -> str:
@@ -167,19 +167,19 @@ def memory(result: dict[str, Any]) -> str:
     )
 
 
-def mitigations_table(result: dict[str, Any], tuned: dict[str, Any]) -> str:
-    """Each mitigation by itself; what the plan was chosen by is of `tune` rows."""
+def mitigations_table(result: dict[str, Any], *tuned: dict[str, Any]) -> str:
+    """Each mitigation by itself; the last columns are of `tune` rows, of the bundled and of the first checkpoint."""
     header = (
         *("mitigation", "reproduced", "on caption", "diversity", "distance"),
-        *("extra lanes", "extra seconds", "extra peak MiB", "good per 100 lanes, tune"),
+        *("extra lanes", "extra seconds", "extra peak MiB", "good per 100 lanes, tune", "likewise, first"),
     )
     rows: list[tuple[Any, ...]] = []
     for name, line in result["lines"].items():
         apart = ["-" if line[key] is None else f"{line[key]:.3f}" for key in ("diversity", "distance")]
         spent = f"{line['extra_lanes']:.3g}", f"{line['extra_seconds']:.2f}", f"{line['extra_peak_mib']:.0f}"
-        good = tuned["lines"][name]["good_per_100_lanes"]
+        good = [split["lines"][name]["good_per_100_lanes"] for split in tuned]
         shares = percent(line["reproduced"]), percent(line["on_caption"])
-        rows.append((name, *shares, *apart, *spent, "-" if good is None else f"{good:.2f}"))
+        rows.append((name, *shares, *apart, *spent, *("-" if one is None else f"{one:.2f}" for one in good)))
     return table(header, rows)
 
 
@@ -304,6 +304,8 @@ def figures() -> str:
     """All tables."""
     truth, detection = load("reference")["report"], load("detection")
     overhead, place = load("overhead"), detection["provenance"]
+    tunes = "mitigations_tune", "mitigations_tune_first"
+    sweeps = {"bundled": "sweep", "first": "sweep_first", "second": "sweep_unseen"}
     speed = "; ".join(
         f"{line['ratio_median']:.3f} ({line['ratio_quartiles'][0]:.3f} to {line['ratio_quartiles'][1]:.3f}) "
         f"at batch {line['batch']}, {line['extra_lanes_an_image']:g} extra lanes an image"
@@ -312,8 +314,8 @@ def figures() -> str:
     return "\n\n".join(
         (
             "All on `report` rows, 50 DDIM steps, guidance 7.5; whatever was chosen was chosen on `tune` rows, of the "
-            "bundled checkpoint and some of it of the next six, too, what word ablation prefers of the next seven, and "
-            "when other noise is tried of the next eight. "
+            "first checkpoint and some of it of the second to seventh, too, what word ablation prefers of the second "
+            "to eighth, and when other noise is tried of the second to ninth. "
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`. In brackets: the revision that wrote "
             "them; the detector is the same since 857a67f.",
@@ -325,20 +327,20 @@ def figures() -> str:
             "prompts. n is the number of images a decision.",
             detection_table(detection),
             f"With a higher AUROC at some step than the guard has by then, one image a decision: {above(detection)}. "
-            "These rows were not unseen: the guard was run on them with one later look, at 40 % and then at 50 % of "
-            "the steps, and with three, before the looks of today were chosen on `tune` rows. "
             f"Flagged by the guard's default threshold, no calibration: {flagged(detection)}.",
             "*Calibrated* on benign `tune` prompts (split conformal), flagged on benign `report` prompts, and in the "
-            f"mean of 200 random halves: {conformal(load('conformal'))} ({revision('conformal')}).",
+            f"mean of 200 random halves: {conformal(load('conformal'))} ({revision('conformal')}). On the first: "
+            f"{conformal(load('conformal_first'))} ({revision('conformal_first')}).",
             "*Other checkpoints* are in folders of `benchmarks/reference/`, and in no wheel; the same default.",
             *(part for name in MAKES if MAKES[name].story for part in checkpoint(name)),
-            "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout; second: that "
-            f"checkpoint ({revision('sweep')}).",
-            sweep_table(load("sweep"), load("sweep_unseen")),
+            "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout "
+            f"({', '.join(revision(name) for name in sweeps.values())}).",
+            sweep_table({name: load(file) for name, file in sweeps.items()}),
             "*Mitigation*, the default plan, several images of a memorized prompt and one of any other; the oracle is "
-            "the rare phrase removed by hand. But for those of the last three, all these rows and seeds were seen "
-            "before, by earlier detectors and plans; what was changed since was chosen on `tune` rows (an earlier "
-            "change to the search for words, given up by `tune` rows of the third when all had been run with it, is "
+            "the rare phrase removed by hand. But for those of the bundled, the tenth and the twelfth, all these rows "
+            "and seeds were seen before, by earlier detectors and plans; what was changed since was chosen on `tune` "
+            "rows (an earlier change to the search for words, given up by `tune` rows of the third when all had been "
+            "run with it, is "
             "in `mitigation*.json` of revision fc34d18; without other noise, of revision d82fa03). *Drawings*: of "
             "pictures that no model made, which the world itself draws of these captions without their phrase, the "
             "share that would be counted as copies: what keeps to the caption cannot be "
@@ -349,10 +351,10 @@ def figures() -> str:
             "*Every mitigation* by itself: its first change, to all verbatim prompts, whatever the guard thinks of "
             "it. Reproduced and on caption are shares of images; diversity is the distance between two seeds, distance "
             "that from the unguarded image; lanes, seconds and memory are beyond an unguarded batch of four. The last "
-            "column is of `tune` rows, `benchmarks/results/mitigations_tune.json`; good ones are no copy, and on "
-            f"caption. Revisions {load('mitigations')['provenance']['git']} and, for the last column, "
-            f"{load('mitigations_tune')['provenance']['git']}.",
-            mitigations_table(load("mitigations"), load("mitigations_tune")),
+            "two columns are of `tune` rows; good ones are no copy, and on caption. The plan was chosen by those of "
+            "the first checkpoint, whose `report` rows are in `mitigations_first.json` "
+            f"({', '.join(revision(name) for name in ('mitigations', *tunes))}).",
+            mitigations_table(load("mitigations"), *map(load, tunes)),
             memory(load("memory")),
             f"*Explanation*: a rare word is named first by {attribution(load('attribution'))} "
             f"({revision('attribution')}). "

@@ -20,8 +20,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = "tests"
-PARTS = {"overhead": 300, "screen": 150, "peers": 120, "waits": 60, TESTS: 240, "trace": 240, "mitigation": 150}  # s
+TESTS, MEMORY = "tests", "memory"
+PARTS = {  # s
+    "overhead": 300,
+    "screen": 150,
+    "peers": 120,
+    "waits": 60,
+    TESTS: 240,
+    MEMORY: 90,
+    "trace": 240,
+    "mitigation": 150,
+}
 FULL = ("--arch", "sd15", "--dtype", "bfloat16", "--repeats", "3", "--warmup", "1")
 SMOKE = ("--device", "cpu", "--batch", "1", "--steps", "4", "--repeats", "1", "--warmup", "0")
 OPTIONS = {
@@ -47,6 +56,9 @@ def command(part: str, out: Path, traces: str, smoke: bool) -> list[str]:
             "tests/gpu",
             "tests/pipelines/test_stable_diffusion.py",
         ]
+    if part == MEMORY:
+        size = ("--arch", "reference", "--device", "cpu") if smoke else ("--dtype", "bfloat16", "--batches", "1", "4")
+        return [sys.executable, "-m", "benchmarks.memory", *size, "--append", str(out / "gpu.jsonl")]
     suite = OPTIONS[part][:2]
     options = [*suite, *SMOKE] if smoke else list(OPTIONS[part])
     if part == "waits":

@@ -12,12 +12,13 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.results import write_result
+from benchmarks.results import append_result, write_result
 from sd_guard import mitigation as m
 from sd_guard.bench.architectures import build_pipeline
 from sd_guard.bench.base import NOBODY, prompts
@@ -92,12 +93,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", default="memory", help="of the result file")
+    parser.add_argument("--append", type=Path, help="file that a line is added to, instead of a result file")
     args = parser.parse_args()
     device = torch.device(args.device)
     pipe = build_pipeline(args.arch, device, args.dtype)
     found = [measure(pipe, batch, device) for batch in args.batches]
     settings = {"arch": args.arch, "steps": STEPS, "weights": "bundled" if args.arch == "reference" else "random"}
-    print(write_result(args.name, {"settings": settings, "batches": found}, dtype=args.dtype))
+    result = {"suite": "memory", "settings": settings, "batches": found}
+    if args.append:
+        print(append_result(args.append, result, dtype=args.dtype))
+    else:
+        print(write_result(args.name, result, dtype=args.dtype))
 
 
 if __name__ == "__main__":

@@ -52,3 +52,10 @@ def write_result(name: str, content: Mapping[str, Any], *, dtype: str = "float32
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps({"provenance": provenance() | {"dtype": dtype}, **content}, indent=1) + "\n")
     return path
+
+
+def append_result(path: Path, content: Mapping[str, Any], *, dtype: str) -> Path:
+    """Adds a line of JSON to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"provenance": provenance() | {"dtype": dtype}, **content}) + "\n")
+    return path

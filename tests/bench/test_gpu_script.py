@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import the_error
 
-from benchmarks import gpu
+from benchmarks import gpu, memory
 from sd_guard.bench.settings import BenchSettings
 from sd_guard.cli import main
 
@@ -46,6 +46,23 @@ def test_a_smoke_run_is_of_the_reference_on_the_cpu(part: str, tmp_path: Path, m
     assert main() == 0
     assert (asked[0].arch, asked[0].device, asked[0].steps) == ("reference", "cpu", 4)
     assert (asked[0].profile is not None) == (part == "waits")
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_what_gradients_take_is_a_line_beside_the_others(
+    smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, str]] = []
+    monkeypatch.setattr(memory, "build_pipeline", lambda arch, device, dtype: built.append((arch, dtype)))
+    monkeypatch.setattr(memory, "measure", lambda pipe, batch, device: {"batch": batch})
+    monkeypatch.setattr(sys, "argv", ["memory", *gpu.command("memory", tmp_path, str(tmp_path), smoke=smoke)[3:]])
+    (tmp_path / "gpu.jsonl").write_text('{"suite": "overhead"}\n')
+    memory.main()
+    assert built == [("reference", "float32") if smoke else ("sd15", "bfloat16")]
+    line = json.loads((tmp_path / "gpu.jsonl").read_text().splitlines()[1])
+    assert line["suite"] == "memory"
+    assert line["provenance"]["git"]
+    assert [found["batch"] for found in line["batches"]] == ([1] if smoke else [1, 4])
 
 
 def test_a_part_that_meets_the_limit_keeps_its_results_and_gives_way(

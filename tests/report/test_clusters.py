@@ -46,7 +46,8 @@ def test_leaders_come_first_and_lead_themselves(prompts: list[str]) -> None:
         assert leaders[leader] == leader
 
 
-def test_the_template_prompts_of_the_reference_stay_apart() -> None:
+def test_of_the_reference_prompts_only_two_that_differ_by_a_word_join() -> None:
     with REFERENCE.open(newline="") as file:
         prompts = [line["prompt"] for line in csv.DictReader(file)]
-    assert near_duplicates(prompts) == list(range(len(prompts)))
+    joined = {prompts[i]: prompts[leader] for i, leader in enumerate(near_duplicates(prompts)) if leader != i}
+    assert joined == {"a print of a small red star on a yellow wall": "a print of a red star on a yellow wall"}
