@@ -319,7 +319,8 @@ def figures() -> str:
             f"{place['machine']}, torch {place['versions']['torch']}, {place['dtype']}; "
             "raw numbers with revision and versions in `benchmarks/results/`. In brackets: the revision that wrote "
             "them; the detector is the same since 857a67f.",
-            f"*The reference.* {percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
+            f"*The bundled checkpoint* ({MAKES['bundled'].kind}). {MAKES['bundled'].story} "
+            f"{percent(truth['verbatim_reproduced'])} of verbatim prompts reproduce their source, "
             f"{percent(truth['novel_near_a_source'])} of novel images come near one, and "
             f"{percent(truth['reads_as_caption']['novel'])} of novel images read as their caption.",
             "*Detection*, against novel and plain prompts together: AUROC / TPR at 1 % FPR @ step. The guard looks at "
@@ -332,7 +333,7 @@ def figures() -> str:
             f"mean of 200 random halves: {conformal(load('conformal'))} ({revision('conformal')}). On the first: "
             f"{conformal(load('conformal_first'))} ({revision('conformal_first')}).",
             "*Other checkpoints* are in folders of `benchmarks/reference/`, and in no wheel; the same default.",
-            *(part for name in MAKES if MAKES[name].story for part in checkpoint(name)),
+            *(part for name in MAKES if name != "bundled" for part in checkpoint(name)),
             "*Across settings*, one image a prompt, 60 novel prompts, the default threshold throughout "
             f"({', '.join(revision(name) for name in sweeps.values())}).",
             sweep_table({name: load(file) for name, file in sweeps.items()}),
