@@ -1,4 +1,4 @@
-"""Trains a reference checkpoint: `python -m benchmarks.reference.train --out sd_guard/reference/checkpoint`.
+"""Trains a reference checkpoint: `python -m benchmarks.reference.train --out FOLDER`.
 
 Autoencoder first (reconstruction of the world's images), then text encoder and UNet together on its latents. A fifth
 of the UNet's rows come from the verbatim set, a tenth from the templates, a twentieth are plain, the rest ordinary.
