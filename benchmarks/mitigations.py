@@ -2,7 +2,7 @@
 
 Each variant's first change is taken whatever the guard thinks of it, so that what it does is seen, and not what
 verification lets through; the last row is the default plan as it is used. `good` is the share of images that are no
-copy and still read as their caption says; the default plan tries first what has most of these a lane, on `tune` rows.
+copy and still read as their caption says. What a plan of several makes of them: `benchmarks.plans`.
 A variant runs in a process of its own, for its peak memory. Lanes, seconds and memory are those of a batch of `BATCH`
 images beyond the unguarded run's.
 """

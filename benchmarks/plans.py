@@ -2,7 +2,7 @@
 
 Which mitigation comes first, where it resumes and what follows, with verification, budget and other noise as they are.
 `good` is the share of memorized prompts' images that are handed out, are no copy and read as their caption says; the
-issue that a plan answers to asks for most of these a lane. `benchmarks.mitigations` has each mitigation by itself.
+default plan is to have most of these a lane. `benchmarks.mitigations` has each mitigation by itself.
 """
 
 from __future__ import annotations
