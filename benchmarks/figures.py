@@ -178,7 +178,7 @@ def mitigations_table(result: dict[str, Any], *tuned: dict[str, Any]) -> str:
     for name, line in result["lines"].items():
         apart = ["-" if line[key] is None else f"{line[key]:.3f}" for key in ("diversity", "distance")]
         spent = f"{line['extra_lanes']:.3g}", f"{line['extra_seconds']:.2f}", f"{line['extra_peak_mib']:.0f}"
-        good = [split["lines"][name]["good_per_100_lanes"] for split in tuned]
+        good = [split["lines"].get(name, {}).get("good_per_100_lanes") for split in tuned]
         shares = percent(line["reproduced"]), percent(line["on_caption"])
         rows.append((name, *shares, *apart, *spent, *("-" if one is None else f"{one:.2f}" for one in good)))
     return table(header, rows)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.reference.measure import is_copy
-from benchmarks.results import write_result
+from benchmarks.results import FOLDER, revision, write_result
 from sd_guard import mitigation as m
 from sd_guard.bench.mitigation import TakeAnything
 from sd_guard.guard import Guard
@@ -41,6 +41,7 @@ DEFAULT = "default plan, verified"
 VARIANTS: dict[str, m.Mitigation] = {
     "word_ablation": m.WordAblation(),
     **{f"word_ablation, from {x:.0%}": m.Later(at=x) for x in (0.02, 0.06)},
+    **{f"word_weighting {x:g}": m.WordWeighting(weights=(x,)) for x in (0.5, 0.25)},
     "summary_replacement": m.SummaryReplacement(),
     **{f"summary_replacement, from {x:.0%}": m.Later(mitigation=m.SummaryReplacement(), at=x) for x in (0.02, 0.06)},
     **{f"embedding_noise {x:g}": m.EmbeddingNoise(strengths=(x,)) for x in (0.5, 1.5, 3.0, 5.0)},
@@ -142,13 +143,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
     parser.add_argument("--name", default="mitigations", help="of the result file")
     parser.add_argument("--split", default="report", choices=("tune", "report"))
+    parser.add_argument("--only", choices=VARIANTS, nargs="+", help="measured anew, the other lines as they are")
     parser.add_argument("--variant", choices=(NONE, *VARIANTS, DEFAULT), help="that one alone, as JSON")
     args = parser.parse_args()
     if args.variant:
         print(json.dumps(run_variant(args.variant, args.checkpoint, args.split)))
         return
     lines: dict[str, dict[str, Any]] = {}
-    for name in (NONE, *VARIANTS, DEFAULT):
+    for name in (NONE, *(args.only or (*VARIANTS, DEFAULT))):
         asked = ["--checkpoint", str(args.checkpoint), "--split", args.split, "--variant", name]
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.mitigations", *asked], capture_output=True, text=True, check=False
@@ -167,6 +169,14 @@ def main() -> None:
         name: {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
         for name, line in lines.items()
     }
+    if args.only:
+        file = FOLDER / f"{args.name}.json"
+        known = json.loads(file.read_text())
+        added = {name: kept[name] | {"git": revision()} for name in args.only}
+        merged = known["lines"] | added
+        known["lines"] = {name: merged[name] for name in (NONE, *VARIANTS, DEFAULT) if name in merged}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+        return
     settings = {"split": args.split, "seeds": SEEDS, "batch": BATCH, "first_seed": FIRST_SEED, "steps": 50}
     print(write_result(args.name, {"settings": settings, "lines": kept}))
 

@@ -10,9 +10,11 @@ from sd_guard.mitigation.prompt import EmbeddingNoise, RandomTokens, WordAblatio
 from sd_guard.mitigation.reanchoring import PromptReanchoring
 from sd_guard.mitigation.rewriters import Deletion, Generated, NearestMeaning, Rewriter
 from sd_guard.mitigation.rewriting import TokenReplacement
+from sd_guard.mitigation.weighting import WordWeighting
 
 MITIGATIONS: dict[str, type[Mitigation]] = {
     "word_ablation": WordAblation,
+    "word_weighting": WordWeighting,
     "embedding_noise": EmbeddingNoise,
     "random_tokens": RandomTokens,
     "embedding_optimisation": EmbeddingOptimisation,
@@ -55,4 +57,5 @@ __all__ = [
     "SummaryReplacement",
     "TokenReplacement",
     "WordAblation",
+    "WordWeighting",
 ]
