@@ -178,7 +178,7 @@ def mitigations_table(result: dict[str, Any], *tuned: dict[str, Any]) -> str:
     for name, line in result["lines"].items():
         apart = ["-" if line[key] is None else f"{line[key]:.3f}" for key in ("diversity", "distance")]
         spent = f"{line['extra_lanes']:.3g}", f"{line['extra_seconds']:.2f}", f"{line['extra_peak_mib']:.0f}"
-        good = [split["lines"].get(name, {}).get("good_per_100_lanes") for split in tuned]
+        good = [split["lines"][name]["good_per_100_lanes"] for split in tuned]
         shares = percent(line["reproduced"]), percent(line["on_caption"])
         rows.append((name, *shares, *apart, *spent, *("-" if one is None else f"{one:.2f}" for one in good)))
     return table(header, rows)
@@ -373,7 +373,9 @@ def figures() -> str:
             "it. Reproduced and on caption are shares of images; diversity is the distance between two seeds, distance "
             "that from the unguarded image; lanes, seconds and memory are beyond an unguarded batch of four. The last "
             "two columns are of `tune` rows; good ones are no copy, and on caption "
-            f"({', '.join(revision(name) for name in ('mitigations', *tunes))}).",
+            f"({', '.join(revision(name) for name in ('mitigations', *tunes))}; `word_weighting`, added later, "
+            f"{load('mitigations')['lines']['word_weighting 0.5']['git']}). Words of a quarter of their weight are worth "
+            "about what the same words left out are, at the same cost, and now and then still give the copy.",
             mitigations_table(load("mitigations"), *map(load, tunes)),
             "*Whole plans*, on `tune` rows of the first to ninth together, verified: what comes first, where it "
             "resumes, what follows. The default's order had been settled on such rows of three of them, before this "
