@@ -374,8 +374,9 @@ def figures() -> str:
             "that from the unguarded image; lanes, seconds and memory are beyond an unguarded batch of four. The last "
             "two columns are of `tune` rows; good ones are no copy, and on caption "
             f"({', '.join(revision(name) for name in ('mitigations', *tunes))}; `word_weighting`, added later, "
-            f"{load('mitigations')['lines']['word_weighting 0.5']['git']}). Words of a quarter of their weight are worth "
-            "about what the same words left out are, at the same cost, and now and then still give the copy.",
+            f"{load('mitigations')['lines']['word_weighting 0.5']['git']}). A quarter of their weight does to words "
+            "about what leaving them out does, at the same cost: now and then it still gives the copy, or a caption "
+            "goes.",
             mitigations_table(load("mitigations"), *map(load, tunes)),
             "*Whole plans*, on `tune` rows of the first to ninth together, verified: what comes first, where it "
             "resumes, what follows. The default's order had been settled on such rows of three of them, before this "
