@@ -49,7 +49,7 @@ def test_settings_that_no_call_could_use(guarded: Any, options: dict[str, Any]) 
 def test_a_list_without_prompts(guarded: Any) -> None:
     """The tokenizer would say that an index is out of range."""
     with pytest.raises(ValueError, match=r"prompt=\[\] holds no prompt; give at least one"):
-        guarded([])
+        guarded(watching(0.3))([])
 
 
 def test_save_and_load(guarded: Any, plain: Any, tmp_path: Any) -> None:
