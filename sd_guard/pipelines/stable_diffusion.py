@@ -345,16 +345,10 @@ def check_plan(pipe: Any, guard: Guard) -> None:
 
 
 def _prompts_of(arguments: dict[str, Any]) -> list[str] | None:
-    """The prompt of each image of the batch.
-
-    Raises:
-        ValueError: an empty list.
-    """
+    """The prompt of each image of the batch."""
     prompt = arguments["prompt"]
     if prompt is None:
         return None
-    if not prompt and not isinstance(prompt, str):
-        raise ValueError(f"prompt={prompt!r} holds no prompt; give at least one")
     prompts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt)
     return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
 

@@ -46,12 +46,6 @@ def test_settings_that_no_call_could_use(guarded: Any, options: dict[str, Any]) 
     assert pipe.guard == watching(0.3)
 
 
-def test_a_list_without_prompts(guarded: Any) -> None:
-    """The tokenizer would say that an index is out of range."""
-    with pytest.raises(ValueError, match=r"prompt=\[\] holds no prompt; give at least one"):
-        guarded(watching(0.3))([])
-
-
 def test_save_and_load(guarded: Any, plain: Any, tmp_path: Any) -> None:
     guard = Guard(observe_at=(0.1, 0.3), probes=3, detector=PrematureDetail(threshold=0.125, doubt=-0.25), seed=4)
     pipe = guarded(guard, budget=17)
