@@ -44,7 +44,8 @@ class GuardRecord:
         decided_at_step: that gave the verdict, an index into the scheduler's timesteps; None if unscored.
         dimension: entries of its latent.
         statistics: of the trajectory before any mitigation.
-        attempts: mitigations tried, in the order in which they were given up; one that passed is the last.
+        attempts: mitigations tried, in the order in which they were given up; one that passed, or is kept although it
+            did not, is the last.
         extra_lanes: lane evaluations that the guard spent on this image, beyond those of plain sampling.
         seed: initial seed of the image's generator; None without one.
         fingerprint: of model, scheduler, steps, guidance and dtype.

@@ -25,8 +25,10 @@ class Attempt:
         score: of the resumed trajectory, by the statistic that flagged the image, at the last look it got.
         resemblance: in [-1, 1], of its predicted image and the one that was flagged, by their edges: 1 is the picture
             itself, 0 no more than the prediction without a prompt had of it, or with other noise, none; likewise.
-        passed: whether that was no longer suspicious, and it was kept.
+        passed: whether that was no longer suspicious at any look, and no other attempt was preferred.
         prompt: the rewritten prompt; None where the words were kept.
+        kept: whether its image is in the place of the flagged one; so is one that did not pass where nothing did, and
+            the policy's `on_failure` is `keep`, or where a later look took back that it had.
     """
 
     mitigation: str
@@ -36,6 +38,7 @@ class Attempt:
     resemblance: float
     passed: bool
     prompt: str | None
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +53,9 @@ class Policy:
             resembles the flagged one as much as is allowed, as much above it where nothing of that picture is left.
         max_resemblance: in (0, 1], up to which a mitigated image counts as another picture than the flagged one: by its
             edges (`what_is_left`) at each look, by edges and colours (`survival`) when sampling is over.
-        on_failure: an image that no attempt rescued is made `blank`, kept (`keep`: as it would have been without the
-            guard, or with the change of a rescue that a later look took back), or raised as an error when the call is
-            over (`raise`).
+        on_failure: an image that no attempt rescued is made `blank`, kept (`keep`: that of the attempt which came
+            nearest to passing, as `excess` orders them; as it would have been without the guard where none was made,
+            or the budget pays for none), or raised as an error when the call is over (`raise`).
     """
 
     budget: int | None = None
@@ -80,8 +83,20 @@ class Policy:
         A score says that *some* picture is known too early, resemblance that it is *that* one. A picture with nothing
         of the flagged one in it has to clear the threshold by less than one that might still be a faint copy.
         """
+        refused, above = self.excess(score, threshold, resemblance)
+        return not refused and above <= 0
+
+    def excess(self, score: float, threshold: float, resemblance: float) -> tuple[bool, float]:
+        """How far a resumed trajectory is from passing, to be ordered by.
+
+        Returns:
+            Whether no score helps it, as it has more of the flagged picture than is allowed, or no score; and how far
+            above its bar that is.
+        """
+        if not math.isfinite(score):
+            return True, math.inf
         share = max(resemblance, 0.0) / self.max_resemblance
-        return math.isfinite(score) and share <= 1 and score <= threshold + self.margin * (1 - 2 * share)
+        return not share <= 1, score - (threshold + self.margin * (1 - 2 * share))
 
     def may_relapse(self, survival: float, share: float) -> bool:
         """Whether a rescued image, `share` of whose steps are made, is likely to end in the flagged picture after all.
@@ -106,7 +121,7 @@ class Case:
         decided_at: the step that said so.
         budget: extra lanes allowed.
         lanes: extra lanes spent so far.
-        attempts: in the order in which they were given up; one that passed is the last.
+        attempts: in the order in which they were given up; one that passed, or is kept though none did, is the last.
         closed: no further attempt is to be made.
         relapsed: the attempt that passed ended in the flagged picture all the same.
     """
@@ -160,6 +175,16 @@ class Case:
         """Ends the case where the last attempt was another try at what had passed before: one of both is kept."""
         self.attempts[-2:] = [replace(given_up, passed=False), kept]
         self.closed = True
+
+    def keep(self, attempt: Attempt) -> None:
+        """Of the attempts, none of which passed, this one's image is to be kept."""
+        self.attempts.remove(attempt)
+        self.attempts.append(attempt)
+
+    def place(self) -> None:
+        """The image of the last attempt is in the place of the flagged one."""
+        *others, last = self.attempts
+        self.attempts[:] = [*(replace(other, kept=False) for other in others), replace(last, kept=True)]
 
     def outcome(self, policy: Policy) -> Outcome:
         """Where the image ended."""

@@ -117,6 +117,25 @@ def test_what_is_not_finite_is_refused(policy: Policy, threshold: float) -> None
     assert not policy.accepts(math.nan, threshold, math.nan)
 
 
+anything = st.floats() | numbers
+
+
+@given(policies, numbers, st.tuples(anything, cosines), st.tuples(anything, cosines))
+def test_what_is_accepted_is_nearer_to_it_than_what_is_not(
+    policy: Policy, threshold: float, one: tuple[float, float], other: tuple[float, float]
+) -> None:
+    if policy.accepts(one[0], threshold, one[1]) and not policy.accepts(other[0], threshold, other[1]):
+        assert policy.excess(one[0], threshold, one[1]) < policy.excess(other[0], threshold, other[1])
+
+
+def test_the_order_of_what_failed() -> None:
+    """By how far the score is above its bar; then what is too much like the flagged picture; then what is no number."""
+    policy = Policy(margin=0.2, max_resemblance=0.6)
+    order = [(1.0, 0.0), (0.9, 0.3), (1.2, 0.0), (1.0, 0.6), (0.0, 0.7), (5.0, 0.7), (math.nan, 0.0)]
+    assert sorted(reversed(order), key=lambda each: policy.excess(each[0], 0.5, each[1])) == order
+    assert not any(policy.accepts(score, 0.5, near) for score, near in order)
+
+
 @given(numbers, numbers, st.floats(0.0, 1.0))
 def test_without_a_margin_the_threshold_decides(score: float, threshold: float, resemblance: float) -> None:
     policy = Policy(margin=0.0, max_resemblance=1.0)
@@ -158,6 +177,17 @@ def test_a_case_keeps_one_of_two_attempts() -> None:
     assert case.attempts == [replace(first, passed=False), second]
     case.prefer(first, second)
     assert case.attempts == [replace(second, passed=False), first]
+
+
+def test_a_case_says_which_attempt_is_in_the_place_of_the_flagged_image() -> None:
+    first, second = attempt(passed=False), replace(attempt(passed=False), score=2.0)
+    case = Case("flag", 1.0, 3, 100, attempts=[first, second])
+    case.place()
+    assert case.attempts == [first, replace(second, kept=True)]
+    case.keep(first)
+    case.place()
+    assert case.attempts == [second, replace(first, kept=True)]
+    assert (case.rescued, case.outcome(Policy(on_failure="keep"))) == (False, "kept")
 
 
 @pytest.mark.parametrize(("lanes", "attempts", "affords"), [(60, 0, True), (61, 0, False), (0, 3, True), (0, 4, False)])

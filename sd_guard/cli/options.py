@@ -20,7 +20,7 @@ CalibrationFile = Annotated[Path | None, typer.Option("--calibration", help="Cal
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; at most 1: none.")]
 Budget = Annotated[int | None, typer.Option(help="Extra lane evaluations an image, at most.  [default: the guard's]")]
-Failure = Annotated[OnFailure, typer.Option(help="What becomes of an image that no mitigation rescues.")]
+Failure = Annotated[OnFailure, typer.Option(help="Of an image that no mitigation rescues; keep: its best attempt.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, xpu or mps.  [default: cuda if there is one]")]
 Precision = Annotated[Dtype, typer.Option(help="Of the weights.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels.  [default: the model's own]")]

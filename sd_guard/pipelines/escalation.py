@@ -1,11 +1,13 @@
-"""From a flag to an image that passed, or to none: proposals, resumed trajectories, verification."""
+"""From a flag to an image that passed, or to the best that did not: proposals, resumed trajectories, verification."""
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,12 +27,12 @@ from sd_guard.statistics.sharpness import resemblance, survival, what_is_left
 
 
 @dataclass(frozen=True, slots=True)
-class Rescue:
-    """An image whose resumed trajectory passed.
+class Replacement:
+    """An image for the place of a flagged one: its resumed trajectory passed, or where none did, came nearest to it.
 
     Attributes:
         row: of the batch.
-        change: that did it.
+        change: that was made.
         resumed: the trajectory, of `index`-th image.
         index: within `resumed`.
         later: its later looks, in `resumed` and in the host's loop.
@@ -60,6 +62,7 @@ class Escalation:
         control: (B, C, H, W) clean latents that the deciding step predicts without the prompt.
         proposals: what is left of each flagged image's plan, mitigation by mitigation.
         drawn_again: images that were sampled once more from other noise.
+        failed: each image's attempts that did not pass, where the best is to be kept; None is in the host's loop.
     """
 
     pipe: Any
@@ -74,6 +77,7 @@ class Escalation:
     control: Tensor
     proposals: dict[int, list[Iterator[Change]]] = field(default_factory=dict)
     drawn_again: set[int] = field(default_factory=set)
+    failed: dict[int, list[tuple[Attempt, Replacement | None]]] = field(default_factory=dict)
 
     @property
     def cost(self) -> int:
@@ -83,8 +87,12 @@ class Escalation:
 
     def _cost_of(self, change: Change) -> int:
         """The same of this attempt."""
-        start, stop = self._start(change).step, self._steps if change.own_loop else len(self.walk.scales)
-        return self.walk.cost(start, stop) + self._controls(start, change)
+        start = self._start(change).step
+        return self.walk.cost(start, self._until(change)) + self._controls(start, change)
+
+    def _until(self, change: Change) -> int:
+        """The step before which an attempt's own way ends: where the host's loop stands, or the end of sampling."""
+        return self._steps if change.own_loop else len(self.walk.scales)
 
     @property
     def _steps(self) -> int:
@@ -99,16 +107,44 @@ class Escalation:
         """The nearest snapshot that is not later than asked."""
         return self.snapshots[max(step for step in self.snapshots if step <= change.resume_from)]
 
-    def run(self) -> list[Rescue]:
+    def run(self) -> list[Replacement]:
         """Tries the plan on every open case until it passes or nothing is left to try or to spend."""
-        rescued: list[Rescue] = []
+        found: list[Replacement] = []
         while rows := [row for row, case in enumerate(self.cases) if case.open]:
             changes = {row: change for row in rows if (change := self._next(row)) is not None}
+            found += [best for row in rows if row not in changes and (best := self._best(row)) is not None]
             for part in self._rounds(changes):
-                rescued += self._attempt(part)
-        return rescued
+                found += self._attempt(part)
+        return found
 
-    def draw_again(self, rescue: Rescue) -> Rescue | None:
+    def take_back(self, row: int, score: float, resemblance: float) -> None:
+        """Reopens the case of an image whose attempt, which is in the host's loop, no longer passes."""
+        case = self.cases[row]
+        case.reopen(score, resemblance)
+        self.failed.pop(row, None)
+        self._remember(row, None)
+
+    def _remember(self, row: int, found: Replacement | None) -> None:
+        """That the last attempt failed, and how to go on with it."""
+        if self.guard.policy.on_failure == "keep":
+            self.failed.setdefault(row, []).append((self.cases[row].attempts[-1], found))
+
+    def _best(self, row: int) -> Replacement | None:
+        """Where none passed, the image of the attempt that came nearest to it; None if it is where it shall be."""
+        case, policy, threshold = self.cases[row], self.guard.policy, self.guard.detector.threshold
+        tried = [(policy.excess(a.score, threshold, a.resemblance), a, found) for a, found in self.failed.pop(row, ())]
+        for _, attempt, found in sorted(tried, key=itemgetter(0)):
+            if found is None:
+                case.keep(attempt)
+                return None
+            until = self._until(found.change)
+            if case.lanes + self.walk.cost(found.resumed.step, until) <= case.budget:
+                case.keep(attempt)
+                self._go_on([row], found.resumed, until, 0)
+                return found
+        return None
+
+    def draw_again(self, rescue: Replacement) -> Replacement | None:
         """The same change from other noise, up to where the loop stands, if less of the flagged picture is left then.
 
         What is left once the words are rid of the memory is the place and the colours that the noise had led to: other
@@ -129,7 +165,7 @@ class Escalation:
         case.prefer(*((again, before) if better else (before, again)))
         return found[0] if better else None
 
-    def survival_of(self, rescue: Rescue) -> float:
+    def survival_of(self, rescue: Replacement) -> float:
         """How much of the flagged picture its last look shows."""
         row = [rescue.row]
         now, memory = predicted_image(rescue.later), predicted_image(self.observations)[row]
@@ -178,11 +214,11 @@ class Escalation:
                 together.setdefault(self._start(change).step, {})[row] = change
         return [*together.values(), *alone]
 
-    def _attempt(self, changes: dict[int, Change]) -> list[Rescue]:
+    def _attempt(self, changes: dict[int, Change]) -> list[Replacement]:
         """Samples these images again, each with its change, as far as they stand the looks."""
         rows, policy, detector = list(changes), self.guard.policy, self.guard.detector
         first = next(iter(changes.values()))
-        own, start = first.own_loop, self._start(first)
+        start, until = self._start(first), self._until(first)
         resumed = resume(
             self.pipe,
             self.inputs,
@@ -195,26 +231,27 @@ class Escalation:
             self.observations,
         )
         self._go_on(rows, resumed, self.watch.steps[-1] + 1, self._controls(start.step, first))
-        rest = self.walk.cost(resumed.step, self._steps if own else len(self.walk.scales))
+        rest = self.walk.cost(resumed.step, until)
         resumed.observations, scores = decide(
             detector, resumed.observations, self.guard.questions, partial(self._probe, rows, resumed, rest)
         )
         seen = self._compare(rows, resumed, scores)
-        until = self._steps if own else len(self.walk.scales)
         looks = [step + 1 for step in self.watch.later_steps if step + 1 < until]
         for stop in (*looks, until):  # what passes a look goes on to the next
             if resumed.step < stop and all(policy.accepts(*look) for look in seen):
                 self._go_on(rows, resumed, stop, 0)
                 seen = self._compare(rows, resumed, detector.score(resumed.observations, resumed.later).tolist())
-        rescued: list[Rescue] = []
+        rescued: list[Replacement] = []
         for index, (row, change, look) in enumerate(zip(rows, changes.values(), seen, strict=True)):
             passed = policy.accepts(*look)
             score, near = look[0], look[2]
             attempt = Attempt(change.mitigation, change.strength, start.step, score, near, passed, change.prompt)
             self.cases[row].close(attempt)
+            found = Replacement(row, change, resumed, index, [look.select([index]) for look in resumed.later])
             if passed:
-                later = [look.select([index]) for look in resumed.later]
-                rescued.append(Rescue(row, change, resumed, index, later))
+                rescued.append(found)
+            elif math.isfinite(score):
+                self._remember(row, found)
         return rescued
 
     def _go_on(self, rows: list[int], resumed: Resumed, until: int, controls: int) -> None:

@@ -30,7 +30,7 @@ from sd_guard.observation import (
     probe,
     with_control,
 )
-from sd_guard.pipelines.escalation import Escalation, Rescue
+from sd_guard.pipelines.escalation import Escalation, Replacement
 from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_delayed
 from sd_guard.pipelines.trajectory import denoiser_of
@@ -55,8 +55,8 @@ class Session:
     cases: list[Case] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     control: Tensor | None = None  # predicted image of the deciding step without the prompt
-    rescued: list[Rescue] = field(default_factory=list)  # in the host's loop
-    finished: list[Rescue] = field(default_factory=list)  # in a loop of their own
+    replaced: list[Replacement] = field(default_factory=list)  # in the host's loop
+    finished: list[Replacement] = field(default_factory=list)  # in a loop of their own
     escalation: Escalation | None = None
     later: list[Observation] = field(default_factory=list)  # looks after the deciding one
     own_until: dict[int, int] = field(default_factory=dict)  # row -> the last step of its trajectory before any change
@@ -147,20 +147,20 @@ class Session:
         assert self.control is not None
         detector = self.guard.detector
         pictures = predicted_image(self.observations).clone()
-        for rescue in self.rescued:
-            pictures[rescue.row] = predicted_image(rescue.resumed.observations)[rescue.index]
+        for new in self.replaced:
+            pictures[new.row] = predicted_image(new.resumed.observations)[new.index]
         look = look_again(call, prediction_type(pipe), pictures)
         self.later.append(look)
         for row, score in enumerate(detector.score(self.observations, self.later).tolist()):
             if row not in self.own_until:
                 self.cases[row].look_again(verdict_of(score, detector.threshold), score, call.step)
-        for rescue in list(self.rescued):
-            rescue.later.append(look.select([rescue.row]))
-            if self.cases[rescue.row].rescued:
-                tensors = self._follow(pipe, call.step, rescue, tensors)
+        for new in list(self.replaced):
+            new.later.append(look.select([new.row]))
+            if self.cases[new.row].rescued:
+                tensors = self._follow(pipe, call.step, new, tensors)
         return self._resolve(pipe, call.step, tensors)
 
-    def _follow(self, pipe: Any, step: int, rescue: Rescue, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _follow(self, pipe: Any, step: int, rescue: Replacement, tensors: dict[str, Any]) -> dict[str, Any]:
         """Reopens the case of a rescued image that a later look finds suspicious.
 
         One that passes, but is likely to end in the flagged picture, is sampled once more, from other noise.
@@ -172,12 +172,12 @@ class Session:
         score = float(detector.score(seen, rescue.later))
         near = float(self.escalation.left_of([rescue.row], [rescue.change], predicted_image(rescue.later)))
         if not policy.accepts(score, detector.threshold, near):
-            self.cases[rescue.row].reopen(score, near)
+            self.escalation.take_back(rescue.row, score, near)
         elif policy.may_relapse(self.escalation.survival_of(rescue), step / len(self.timesteps)):
             self.escalation.walk = self.walk
             again = self.escalation.draw_again(rescue)
             if again is not None:
-                self.rescued.remove(rescue)
+                self.replaced.remove(rescue)
                 tensors = self._accept(pipe, step, again, tensors)
         return tensors
 
@@ -202,50 +202,52 @@ class Session:
                 self.control,
             )
         self.escalation.walk = self.walk
-        for rescue in self.escalation.run():
-            self.rescued = [other for other in self.rescued if other.row != rescue.row]
-            if rescue.change.own_loop:
-                self.finished.append(rescue)
-                self.cases[rescue.row].relapsed = True  # until its image is in the place of the flagged one
+        for new in self.escalation.run():
+            self.replaced = [other for other in self.replaced if other.row != new.row]
+            if new.change.own_loop:
+                self.finished.append(new)
+                self.cases[new.row].relapsed = True  # until its image is in the place of the flagged one
             else:
-                tensors = self._accept(pipe, step, rescue, tensors)
+                tensors = self._accept(pipe, step, new, tensors)
         return tensors
 
-    def _accept(self, pipe: Any, step: int, rescue: Rescue, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Puts a rescued image into the host's loop: its latents, its scheduler state, its text."""
+    def _accept(self, pipe: Any, step: int, new: Replacement, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Puts an image into the host's loop: its latents, its scheduler state, its text."""
         latents: Tensor = tensors["latents"]
-        one = torch.tensor([rescue.index], device=latents.device)
-        row = torch.tensor([rescue.row], device=latents.device)
-        own = select_images(rescue.resumed.scheduler, one, rescue.resumed.latents)
+        one = torch.tensor([new.index], device=latents.device)
+        row = torch.tensor([new.row], device=latents.device)
+        own = select_images(new.resumed.scheduler, one, new.resumed.latents)
         replace_images(pipe.scheduler, own, row, latents)
-        tensors = {**tensors, "latents": latents.index_copy(0, row, rescue.resumed.latents[one])}
-        self.rescued.append(rescue)
-        self.replaced_at[rescue.row] = step
-        self.own_until.setdefault(rescue.row, step)
+        tensors = {**tensors, "latents": latents.index_copy(0, row, new.resumed.latents[one])}
+        self.replaced.append(new)
+        self.cases[new.row].place()
+        self.replaced_at[new.row] = step
+        self.own_until.setdefault(new.row, step)
         return tensors
 
     def _write_texts(self, tensors: dict[str, Any], step: int, count: int) -> dict[str, Any]:
-        """Gives rescued images their text for step `step`: the changed one, or none while guidance is delayed."""
+        """Gives replaced images their text for step `step`: the changed one, or none while guidance is delayed."""
         prompt_embeds: Tensor = tensors["prompt_embeds"]
-        for rescue in self.rescued:
-            if not is_delayed(rescue.change, (step - 1) / count) and step > self.replaced_at[rescue.row] + 1:
+        for new in self.replaced:
+            if not is_delayed(new.change, (step - 1) / count) and step > self.replaced_at[new.row] + 1:
                 continue  # it is in the loop already, and a caller's callback may have changed it since
-            text = self._empty() if is_delayed(rescue.change, step / count) else rescue.change.prompt_embeds
-            lane = torch.tensor([prompt_embeds.shape[0] - len(self.cases) + rescue.row], device=prompt_embeds.device)
+            text = self._empty() if is_delayed(new.change, step / count) else new.change.prompt_embeds
+            lane = torch.tensor([prompt_embeds.shape[0] - len(self.cases) + new.row], device=prompt_embeds.device)
             prompt_embeds = prompt_embeds.index_copy(0, lane, text.to(prompt_embeds)[None])
         return {**tensors, "prompt_embeds": prompt_embeds}
 
     def _deliver(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Puts images that were sampled in a loop of their own into the place of the flagged ones."""
         latents: Tensor = tensors["latents"]
-        for rescue in self.finished:
-            row = torch.tensor([rescue.row], device=latents.device)
-            latents = latents.index_copy(0, row, rescue.resumed.latents)
+        for new in self.finished:
+            row = torch.tensor([new.row], device=latents.device)
+            latents = latents.index_copy(0, row, new.resumed.latents)
+            self.cases[new.row].place()
         return {**tensors, "latents": latents}
 
     def _verify(self, latents: Tensor) -> None:
         """Blocks rescued images that ended in the flagged picture after all; `latents` are the clean ones."""
-        rows = [rescue.row for rescue in (*self.rescued, *self.finished)]
+        rows = [new.row for new in (*self.replaced, *self.finished)]
         if not rows:
             return
         assert self.control is not None

@@ -101,7 +101,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             guard: where to look, how to decide, what to do; None keeps the settings in force, or takes the default.
             calibration: thresholds of this very configuration; a call in any other raises. None keeps the one in force
                 along with the settings, and drops it where a `guard` is given.
-            on_failure: what becomes of an image that nothing rescued: `blank`, `keep` or `raise`.
+            on_failure: what becomes of an image that nothing rescued: `blank`, `keep` (the best attempt) or `raise`.
             budget: extra lane evaluations an image may cost.
 
         Raises:

@@ -23,7 +23,8 @@ The first ten columns, in this order, are a contract with other readers.
 | `reason` | string, nullable | why it was blocked or not scored, one line |
 | `statistics` | list of struct | `step` (from 0), `name`, `point` and `lane` it was taken at, `value` (its own unit) |
 | `attempts` | list of struct | as they were given up, the kept one last: `mitigation`, `strength` (its own unit), |
-|   |   | `resumed_from_step` (from 0), `score`, `resemblance` ([-1, 1]), `passed`, `prompt` (nullable) |
+|   |   | `resumed_from_step` (from 0), `score`, `resemblance` ([-1, 1]), `passed`, `prompt` (nullable), |
+|   |   | `kept`: whether its image is in the place of the flagged one |
 | `fingerprint` | string, nullable | model, scheduler, steps, guidance and dtype, from the guard |
 | `words` | list of struct, nullable | of a flagged image, with `--explain`: `word` and `weight`, its share of what |
 |   |   | raises the score (negative where it lowers it), in the order of the prompt |
@@ -92,6 +93,7 @@ SCHEMA: Final = pa.schema(
                         "resemblance": pa.float64(),
                         "passed": pa.bool_(),
                         "prompt": pa.string(),
+                        "kept": pa.bool_(),
                     }
                 )
             ),
@@ -123,6 +125,7 @@ class AttemptRow(TypedDict):
     resemblance: float
     passed: bool
     prompt: str | None
+    kept: bool
 
 
 class WordRow(TypedDict):
@@ -205,6 +208,7 @@ def record_row(record: GuardRecord, *, prompt: str, family: str | None, seed: in
                 "resemblance": a.resemblance,
                 "passed": a.passed,
                 "prompt": a.prompt,
+                "kept": a.kept,
             }
             for a in record.attempts
         ],

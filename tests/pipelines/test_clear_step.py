@@ -100,7 +100,7 @@ def test_a_flagged_image_is_resumed_from_its_first_clear_step(linear: Any) -> No
 @pytest.mark.parametrize(("budget", "resumed"), [(100, [CLEAR, 0, 0]), (18, [CLEAR, CLEAR])])
 def test_where_too_much_is_left_more_is_made_anew(linear: Any, budget: int, resumed: list[int]) -> None:
     """As far as that can be afforded: an attempt costs 8 lanes to the deciding step, and 12 from the first."""
-    guard = looking(-1e9, plan=(Identity(),) * 3).with_policy(on_failure="keep", max_resemblance=0.9, budget=budget)
+    guard = looking(-1e9, plan=(Identity(),) * 3).with_policy(max_resemblance=0.9, budget=budget)
     linear.enable_guard(guard)
     record = call(linear).records[0]
     assert [attempt.resumed_from_step for attempt in record.attempts] == resumed

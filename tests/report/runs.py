@@ -52,6 +52,7 @@ def attempt(**changes: Any) -> dict[str, Any]:
         "resemblance": 0.25,
         "passed": True,
         "prompt": "rewritten",
+        "kept": True,
         **changes,
     }
 

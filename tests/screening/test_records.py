@@ -54,6 +54,7 @@ def record(**changes: Any) -> Any:
                     resemblance=0.2,
                     passed=True,
                     prompt="a cat",
+                    kept=True,
                 ),
             ),
             "extra_lanes": 12,
