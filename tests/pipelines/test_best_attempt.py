@@ -231,3 +231,16 @@ def test_a_rescue_is_kept_as_well(guarded: Any) -> None:
     blank = latents_of(guarded(keeping((Forget(),), Told([0.0, 2.0]), LATER, on_failure="blank")))[0]
     assert blank.records[ROW].outcome == "blocked"
     assert not blank.images[ROW].any()
+
+
+def test_what_is_interrupted_is_as_it_would_have_been(guarded: Any, plain: Any) -> None:
+    """The place of the image holds the flagged one until a loop of its own is over, and the record says so."""
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 4
+        return {}
+
+    guard = keeping((Say("a cat", scale=1.5),), Told([1.0]), AT_ONCE)
+    output, _ = latents_of(guarded(guard), callback_on_step_end=stop)
+    assert tried(output.records[ROW]) == [("a cat", False, False)]
+    assert torch.equal(output.images, latents_of(plain(), callback_on_step_end=stop)[0].images)

@@ -41,6 +41,15 @@ def test_an_arrow_goes_from_before_to_the_last_attempt() -> None:
     assert chart.axis.low <= -0.5 and chart.axis.high >= 2.0
 
 
+def test_an_image_that_is_kept_though_nothing_passed_says_which_attempt_it_is_of(tmp_path: Path) -> None:
+    tried = [FAILED | {"kept": False}, FAILED | {"kept": True, "mitigation": "nearest"}]
+    for outcome, told in (("kept", 1), ("blocked", 0)):
+        run = make_run(tmp_path / outcome, [flagged_row(0, outcome=outcome, attempts=tried)])
+        html = Path(write_report(run)).read_text(encoding="utf-8")
+        assert (html.count("not passed, kept"), html.count("given up")) == (told, 2 - told)
+        assert ("kept all the same, of the attempts the one that came nearest" in html) == (outcome == "kept")
+
+
 def test_a_run_without_attempts_has_no_such_section(tmp_path: Path) -> None:
     assert mitigations(rows_of([ROWS[0], ROWS[4]])) == [] == mitigations(rows_of([]))
     assert arrow_chart([ROWS[0], ROWS[4]], 0.25, Texts()) is None
