@@ -47,7 +47,17 @@ def test_an_image_that_is_kept_though_nothing_passed_says_which_attempt_it_is_of
         run = make_run(tmp_path / outcome, [flagged_row(0, outcome=outcome, attempts=tried)])
         html = Path(write_report(run)).read_text(encoding="utf-8")
         assert (html.count("not passed, kept"), html.count("given up")) == (told, 2 - told)
-        assert ("kept all the same, of the attempts the one that came nearest" in html) == (outcome == "kept")
+        assert ("nothing rescued was kept all the same, with the attempt that came nearest" in html) == (
+            outcome == "kept"
+        )
+
+
+def test_an_attempt_that_passed_and_did_not_last_is_not_shown_as_passed(tmp_path: Path) -> None:
+    """It stood the looks; of the finished image the last comparison says otherwise."""
+    for outcome in ("rescued", "kept", "blocked"):
+        html = Path(write_report(make_run(tmp_path / outcome, [flagged_row(0, outcome=outcome)]))).read_text("utf-8")
+        assert ("ended in the flagged picture" in html) == (outcome != "rescued")
+        assert ("-0.500 passed" in html) == (outcome == "rescued")
 
 
 def test_a_run_without_attempts_has_no_such_section(tmp_path: Path) -> None:
