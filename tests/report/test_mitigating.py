@@ -56,7 +56,7 @@ def test_an_attempt_that_passed_and_did_not_last_is_not_shown_as_passed(tmp_path
     """It stood the looks; of the finished image the last comparison says otherwise."""
     for outcome in ("rescued", "kept", "blocked"):
         html = Path(write_report(make_run(tmp_path / outcome, [flagged_row(0, outcome=outcome)]))).read_text("utf-8")
-        assert ("ended in the flagged picture" in html) == (outcome != "rescued")
+        assert ("relapsed at the end" in html) == (outcome != "rescued")
         assert ("-0.500 passed" in html) == (outcome == "rescued")
 
 
