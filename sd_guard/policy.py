@@ -27,8 +27,7 @@ class Attempt:
             itself, 0 no more than the prediction without a prompt had of it, or with other noise, none; likewise.
         passed: whether that was no longer suspicious at any look, and no other attempt was preferred.
         prompt: the rewritten prompt; None where the words were kept.
-        kept: whether its image is in the place of the flagged one; so is one that did not pass where nothing did, and
-            the policy's `on_failure` is `keep`, or where a later look took back that it had.
+        kept: whether the image that is handed out is this attempt's; it may have been the best of those that failed.
     """
 
     mitigation: str
@@ -54,8 +53,8 @@ class Policy:
         max_resemblance: in (0, 1], up to which a mitigated image counts as another picture than the flagged one: by its
             edges (`what_is_left`) at each look, by edges and colours (`survival`) when sampling is over.
         on_failure: an image that no attempt rescued is made `blank`, kept (`keep`: that of the attempt which came
-            nearest to passing, as `excess` orders them; as it would have been without the guard where none was made,
-            or the budget pays for none), or raised as an error when the call is over (`raise`).
+            nearest to passing, as `excess` orders them, and that the budget pays for; as it would have been without
+            the guard where there is none), or raised as an error when the call is over (`raise`).
     """
 
     budget: int | None = None
@@ -90,13 +89,13 @@ class Policy:
         """How far a resumed trajectory is from passing, to be ordered by.
 
         Returns:
-            Whether no score helps it, as it has more of the flagged picture than is allowed, or no score; and how far
-            above its bar that is.
+            Whether no score helps it, and how far it is off: where it has more of the flagged picture than is allowed,
+            by how much it has; else by how far its score is above its bar.
         """
-        if not math.isfinite(score):
-            return True, math.inf
         share = max(resemblance, 0.0) / self.max_resemblance
-        return not share <= 1, score - (threshold + self.margin * (1 - 2 * share))
+        if not math.isfinite(score) or math.isnan(share):
+            return True, math.inf
+        return (True, share) if share > 1 else (False, score - (threshold + self.margin * (1 - 2 * share)))
 
     def may_relapse(self, survival: float, share: float) -> bool:
         """Whether a rescued image, `share` of whose steps are made, is likely to end in the flagged picture after all.
@@ -121,7 +120,7 @@ class Case:
         decided_at: the step that said so.
         budget: extra lanes allowed.
         lanes: extra lanes spent so far.
-        attempts: in the order in which they were given up; one that passed, or is kept though none did, is the last.
+        attempts: in the order in which they were given up; one that passed, or is to be kept though none did, is last.
         closed: no further attempt is to be made.
         relapsed: the attempt that passed ended in the flagged picture all the same.
     """
@@ -176,15 +175,20 @@ class Case:
         self.attempts[-2:] = [replace(given_up, passed=False), kept]
         self.closed = True
 
-    def keep(self, attempt: Attempt) -> None:
-        """Of the attempts, none of which passed, this one's image is to be kept."""
-        self.attempts.remove(attempt)
-        self.attempts.append(attempt)
+    def keep(self, attempt: Attempt, score: float, resemblance: float) -> None:
+        """Of the attempts, none of which passed, this one's image is to be kept; a look since may have seen it."""
+        place = [replace(other, kept=attempt.kept) for other in self.attempts].index(attempt)
+        self.attempts.append(replace(self.attempts.pop(place), score=score, resemblance=resemblance))
 
     def place(self) -> None:
         """The image of the last attempt is in the place of the flagged one."""
         *others, last = self.attempts
         self.attempts[:] = [*(replace(other, kept=False) for other in others), replace(last, kept=True)]
+
+    def told(self, policy: Policy) -> tuple[Attempt, ...]:
+        """Its attempts for the record: that whose image is handed out is the last; where none is, none is kept."""
+        blank = self.outcome(policy) == "blocked"
+        return tuple(sorted((replace(a, kept=a.kept and not blank) for a in self.attempts), key=lambda a: a.kept))
 
     def outcome(self, policy: Policy) -> Outcome:
         """Where the image ended."""

@@ -129,11 +129,12 @@ def test_what_is_accepted_is_nearer_to_it_than_what_is_not(
 
 
 def test_the_order_of_what_failed() -> None:
-    """By how far the score is above its bar; then what is too much like the flagged picture; then what is no number."""
+    """By how far the score is above its bar; then by what is too much of that picture; then what is no number."""
     policy = Policy(margin=0.2, max_resemblance=0.6)
-    order = [(1.0, 0.0), (0.9, 0.3), (1.2, 0.0), (1.0, 0.6), (0.0, 0.7), (5.0, 0.7), (math.nan, 0.0)]
+    order = [(1.0, 0.0), (0.9, 0.3), (1.2, 0.0), (1.0, 0.6), (0.3, 0.61), (9.0, 0.7), (0.0, 0.99), (math.nan, 0.0)]
     assert sorted(reversed(order), key=lambda each: policy.excess(each[0], 0.5, each[1])) == order
     assert not any(policy.accepts(score, 0.5, near) for score, near in order)
+    assert policy.excess(0.0, 0.5, math.nan) == policy.excess(math.inf, 0.5, 0.0) == (True, math.inf)
 
 
 @given(numbers, numbers, st.floats(0.0, 1.0))
@@ -184,10 +185,13 @@ def test_a_case_says_which_attempt_is_in_the_place_of_the_flagged_image() -> Non
     case = Case("flag", 1.0, 3, 100, attempts=[first, second])
     case.place()
     assert case.attempts == [first, replace(second, kept=True)]
-    case.keep(first)
+    case.keep(first, 8.0, 0.3)
+    assert case.told(Policy(on_failure="keep"))[-1] == replace(second, kept=True)  # until the other is in its place
     case.place()
-    assert case.attempts == [second, replace(first, kept=True)]
-    assert (case.rescued, case.outcome(Policy(on_failure="keep"))) == (False, "kept")
+    kept = (second, replace(first, kept=True, score=8.0, resemblance=0.3))
+    assert (case.told(Policy(on_failure="keep")), case.rescued) == (kept, False)
+    assert case.outcome(Policy(on_failure="keep")) == "kept"
+    assert [each.kept for each in case.told(Policy())] == [False, False]  # the image is black
 
 
 @pytest.mark.parametrize(("lanes", "attempts", "affords"), [(60, 0, True), (61, 0, False), (0, 3, True), (0, 4, False)])

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -62,7 +61,8 @@ class Escalation:
         control: (B, C, H, W) clean latents that the deciding step predicts without the prompt.
         proposals: what is left of each flagged image's plan, mitigation by mitigation.
         drawn_again: images that were sampled once more from other noise.
-        failed: each image's attempts that did not pass, where the best is to be kept; None is in the host's loop.
+        replaced: what is in the host's loop in the place of flagged images, by row: the session's own.
+        failed: each image's attempts that did not pass, where the best is to be kept.
     """
 
     pipe: Any
@@ -75,9 +75,10 @@ class Escalation:
     cases: Sequence[Case]
     observations: Sequence[Observation]
     control: Tensor
+    replaced: Mapping[int, Replacement]
     proposals: dict[int, list[Iterator[Change]]] = field(default_factory=dict)
     drawn_again: set[int] = field(default_factory=set)
-    failed: dict[int, list[tuple[Attempt, Replacement | None]]] = field(default_factory=dict)
+    failed: dict[int, list[tuple[Attempt, Replacement]]] = field(default_factory=dict)
 
     @property
     def cost(self) -> int:
@@ -117,31 +118,40 @@ class Escalation:
                 found += self._attempt(part)
         return found
 
-    def take_back(self, row: int, score: float, resemblance: float) -> None:
-        """Reopens the case of an image whose attempt, which is in the host's loop, no longer passes."""
-        case = self.cases[row]
+    def take_back(self, rescue: Replacement, score: float, resemblance: float) -> None:
+        """Reopens the case of an image in the host's loop that no longer passes."""
+        case = self.cases[rescue.row]
         case.reopen(score, resemblance)
-        self.failed.pop(row, None)
-        self._remember(row, None)
+        self._remember(case.attempts[-1], rescue)
 
-    def _remember(self, row: int, found: Replacement | None) -> None:
-        """That the last attempt failed, and how to go on with it."""
+    def _remember(self, attempt: Attempt, failed: Replacement) -> None:
+        """Where the best of the attempts that failed is to be kept, how to go on with this one."""
         if self.guard.policy.on_failure == "keep":
-            self.failed.setdefault(row, []).append((self.cases[row].attempts[-1], found))
+            self.failed.setdefault(failed.row, []).append((attempt, failed))
 
     def _best(self, row: int) -> Replacement | None:
         """Where none passed, the image of the attempt that came nearest to it; None if it is where it shall be."""
         case, policy, threshold = self.cases[row], self.guard.policy, self.guard.detector.threshold
-        tried = [(policy.excess(a.score, threshold, a.resemblance), a, found) for a, found in self.failed.pop(row, ())]
-        for _, attempt, found in sorted(tried, key=itemgetter(0)):
-            if found is None:
-                case.keep(attempt)
+
+        def order(each: tuple[Attempt, Replacement]) -> tuple[tuple[bool, float], float]:
+            attempt = each[0]
+            return policy.excess(attempt.score, threshold, attempt.resemblance), attempt.score
+
+        for attempt, failed in sorted(self.failed.pop(row, ()), key=order):
+            score, near, until = attempt.score, attempt.resemblance, self._until(failed.change)
+            if failed is self.replaced.get(row):
+                case.keep(attempt, score, near)
                 return None
-            until = self._until(found.change)
-            if case.lanes + self.walk.cost(found.resumed.step, until) <= case.budget:
-                case.keep(attempt)
-                self._go_on([row], found.resumed, until, 0)
-                return found
+            resumed = failed.resumed.select(failed.index, self.walk)
+            if case.lanes + self.walk.cost(resumed.step, until) > case.budget:
+                continue
+            self._go_on([row], resumed, until, 0)
+            if len(resumed.later) > len(failed.resumed.later):
+                scores = self.guard.detector.score(resumed.observations, resumed.later).tolist()
+                score, _, near = self._compare([row], resumed, scores)[0]
+            if math.isfinite(score):
+                case.keep(attempt, score, near)
+                return replace(failed, resumed=resumed, index=0)
         return None
 
     def draw_again(self, rescue: Replacement) -> Replacement | None:
@@ -163,6 +173,8 @@ class Escalation:
         before, again = case.attempts[-2:]
         better = found and not self.survival_of(rescue) <= self.survival_of(found[0])
         case.prefer(*((again, before) if better else (before, again)))
+        if found:
+            self._remember(case.attempts[-2], rescue if better else found[0])
         return found[0] if better else None
 
     def survival_of(self, rescue: Replacement) -> float:
@@ -235,6 +247,7 @@ class Escalation:
         resumed.observations, scores = decide(
             detector, resumed.observations, self.guard.questions, partial(self._probe, rows, resumed, rest)
         )
+        resumed.last = None  # has served
         seen = self._compare(rows, resumed, scores)
         looks = [step + 1 for step in self.watch.later_steps if step + 1 < until]
         for stop in (*looks, until):  # what passes a look goes on to the next
@@ -251,7 +264,7 @@ class Escalation:
             if passed:
                 rescued.append(found)
             elif math.isfinite(score):
-                self._remember(row, found)
+                self._remember(attempt, found)
         return rescued
 
     def _go_on(self, rows: list[int], resumed: Resumed, until: int, controls: int) -> None:

@@ -126,6 +126,30 @@ class Resumed:
     later: list[Observation] = field(default_factory=list)
     cfg_norms: list[float] = field(default_factory=list)
 
+    def select(self, index: int, walk: Walk) -> Resumed:
+        """One of the images by itself, from where it stands.
+
+        Args:
+            index: of the image.
+            walk: of all B images, up to where the loop stands now.
+        """
+        count, own = len(self.changes), torch.tensor([index], device=self.latents.device)
+        generator, others = self.arguments.get("generator"), dict(self.arguments)
+        if isinstance(generator, list):
+            others["generator"] = [generator[index]]
+        return replace(
+            self,
+            watch=self.watch.select([index]),
+            walk=walk,
+            changes=[self.changes[index]],
+            lanes=self.lanes.select(torch.arange(index, self.lanes.prompt_embeds.shape[0], count, device=own.device)),
+            latents=self.latents[own],
+            scheduler=select_images(self.scheduler, own, self.latents),
+            arguments=others,
+            observations=[seen.select([index]) for seen in self.observations],
+            later=[seen.select([index]) for seen in self.later],
+        )
+
     @torch.no_grad()
     def go_on(self, until: int) -> None:
         """Makes all steps before step `until`."""

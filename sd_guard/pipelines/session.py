@@ -55,7 +55,7 @@ class Session:
     cases: list[Case] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     control: Tensor | None = None  # predicted image of the deciding step without the prompt
-    replaced: list[Replacement] = field(default_factory=list)  # in the host's loop
+    replaced: dict[int, Replacement] = field(default_factory=dict)  # in the host's loop, by row
     finished: list[Replacement] = field(default_factory=list)  # in a loop of their own
     escalation: Escalation | None = None
     later: list[Observation] = field(default_factory=list)  # looks after the deciding one
@@ -147,14 +147,14 @@ class Session:
         assert self.control is not None
         detector = self.guard.detector
         pictures = predicted_image(self.observations).clone()
-        for new in self.replaced:
+        for new in self.replaced.values():
             pictures[new.row] = predicted_image(new.resumed.observations)[new.index]
         look = look_again(call, prediction_type(pipe), pictures)
         self.later.append(look)
         for row, score in enumerate(detector.score(self.observations, self.later).tolist()):
             if row not in self.own_until:
                 self.cases[row].look_again(verdict_of(score, detector.threshold), score, call.step)
-        for new in list(self.replaced):
+        for new in list(self.replaced.values()):
             new.later.append(look.select([new.row]))
             if self.cases[new.row].rescued:
                 tensors = self._follow(pipe, call.step, new, tensors)
@@ -172,12 +172,11 @@ class Session:
         score = float(detector.score(seen, rescue.later))
         near = float(self.escalation.left_of([rescue.row], [rescue.change], predicted_image(rescue.later)))
         if not policy.accepts(score, detector.threshold, near):
-            self.escalation.take_back(rescue.row, score, near)
+            self.escalation.take_back(rescue, score, near)
         elif policy.may_relapse(self.escalation.survival_of(rescue), step / len(self.timesteps)):
             self.escalation.walk = self.walk
             again = self.escalation.draw_again(rescue)
             if again is not None:
-                self.replaced.remove(rescue)
                 tensors = self._accept(pipe, step, again, tensors)
         return tensors
 
@@ -200,12 +199,13 @@ class Session:
                 self.cases,
                 self.observations,
                 self.control,
+                self.replaced,
             )
         self.escalation.walk = self.walk
         for new in self.escalation.run():
-            self.replaced = [other for other in self.replaced if other.row != new.row]
             if new.change.own_loop:
                 self.finished.append(new)
+                self.replaced.pop(new.row, None)
                 self.cases[new.row].relapsed = True  # until its image is in the place of the flagged one
             else:
                 tensors = self._accept(pipe, step, new, tensors)
@@ -219,7 +219,7 @@ class Session:
         own = select_images(new.resumed.scheduler, one, new.resumed.latents)
         replace_images(pipe.scheduler, own, row, latents)
         tensors = {**tensors, "latents": latents.index_copy(0, row, new.resumed.latents[one])}
-        self.replaced.append(new)
+        self.replaced[new.row] = new
         self.cases[new.row].place()
         self.replaced_at[new.row] = step
         self.own_until.setdefault(new.row, step)
@@ -228,7 +228,7 @@ class Session:
     def _write_texts(self, tensors: dict[str, Any], step: int, count: int) -> dict[str, Any]:
         """Gives replaced images their text for step `step`: the changed one, or none while guidance is delayed."""
         prompt_embeds: Tensor = tensors["prompt_embeds"]
-        for new in self.replaced:
+        for new in self.replaced.values():
             if not is_delayed(new.change, (step - 1) / count) and step > self.replaced_at[new.row] + 1:
                 continue  # it is in the loop already, and a caller's callback may have changed it since
             text = self._empty() if is_delayed(new.change, step / count) else new.change.prompt_embeds
@@ -247,7 +247,7 @@ class Session:
 
     def _verify(self, latents: Tensor) -> None:
         """Blocks rescued images that ended in the flagged picture after all; `latents` are the clean ones."""
-        rows = [new.row for new in (*self.replaced, *self.finished)]
+        rows = [new.row for new in (*self.replaced.values(), *self.finished)]
         if not rows:
             return
         assert self.control is not None
@@ -308,7 +308,7 @@ class Session:
                 for name, values in measured.items()
                 if seen.has(name, row) and seen.step <= self.own_until.get(row, seen.step)
             ),
-            attempts=tuple(case.attempts),
+            attempts=case.told(self.guard.policy),
             extra_lanes=case.lanes,
             seed=self.inputs.seed_of(row),
             fingerprint=self.inputs.fingerprint,

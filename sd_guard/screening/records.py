@@ -24,7 +24,7 @@ The first ten columns, in this order, are a contract with other readers.
 | `statistics` | list of struct | `step` (from 0), `name`, `point` and `lane` it was taken at, `value` (its own unit) |
 | `attempts` | list of struct | as they were given up, the kept one last: `mitigation`, `strength` (its own unit), |
 |   |   | `resumed_from_step` (from 0), `score`, `resemblance` ([-1, 1]), `passed`, `prompt` (nullable), |
-|   |   | `kept`: whether its image is in the place of the flagged one |
+|   |   | `kept`: whether `image` is this attempt's |
 | `fingerprint` | string, nullable | model, scheduler, steps, guidance and dtype, from the guard |
 | `words` | list of struct, nullable | of a flagged image, with `--explain`: `word` and `weight`, its share of what |
 |   |   | raises the score (negative where it lowers it), in the order of the prompt |
@@ -339,9 +339,12 @@ def _read(store: Store, name: str, columns: list[str] | None) -> Iterator[Any]:
     try:
         with store.open(name) as source:
             file = pq.ParquetFile(source)
-            missing = [column for column in SCHEMA.names if column not in file.schema_arrow.names]
+            own = {field.name: field.type for field in file.schema_arrow}
+            missing = [field.name for field in SCHEMA if own.get(field.name) != field.type]
             if missing:
-                raise ValueError(f"{name}: lacks the columns {', '.join(missing)}; it was not written by this version")
+                raise ValueError(
+                    f"{name}: lacks the columns {', '.join(missing)}, or has others; it was not written by this version"
+                )
             for batch in file.iter_batches(GROUP, columns=columns, use_threads=False):
                 yield batch if columns is None else batch.select(columns)
     except (OSError, pa.ArrowException) as error:

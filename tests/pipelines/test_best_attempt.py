@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from pipelines.calls import PROMPTS, STEPS, latents_of
+from pipelines.test_other_noise import wary
 from tiny import SCHEDULERS, CountLanes, Forget, Identity, seeded, watching
 
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.mitigation import Change, Subject
 from sd_guard.mitigation.guidance import Constant
 from sd_guard.observation import Observation
+from sd_guard.pipelines.escalation import Escalation
 
 ROW, OTHERS = 1, [0, 2]  # the image that is flagged, and its neighbours
 AT_ONCE: dict[str, Any] = {"observe_at": (0.2, 0.5), "look_again_at": ()}  # steps 1 and 3 of 6
@@ -61,6 +63,16 @@ def keeping(plan: Any, detector: Any, looks: dict[str, Any], **policy: Any) -> G
 
 def tried(record: GuardRecord) -> list[tuple[str, bool, bool]]:
     return [(attempt.mitigation, attempt.passed, attempt.kept) for attempt in record.attempts]
+
+
+def weaken(step: int) -> Any:
+    """A callback that lowers the guidance scale at the end of a step."""
+
+    def on_step_end(pipe: Any, now: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 3.0 if now >= step else pipe._guidance_scale
+        return {}
+
+    return on_step_end
 
 
 def host_of(pipe: Any, prompt: str, **arguments: Any) -> torch.Tensor:
@@ -162,11 +174,12 @@ def test_an_attempt_whose_score_is_no_number_is_not_kept(guarded: Any, plain: An
 @pytest.mark.parametrize("budget", [12, 100])
 def test_what_is_flagged_late_goes_on_to_where_the_loop_stands(guarded: Any, plain: Any, budget: int) -> None:
     """Both fail at the deciding step, four lanes each; the way from there to the later look is on the bill."""
-    pipe = guarded(keeping((Say("a cat"), Say("blue")), Told([1.0, 2.0], (0.0, 9.0)), LATER, budget=budget))
+    pipe = guarded(keeping((Say("a cat"), Say("blue")), Told([1.0, 2.0, 3.0], (0.0, 9.0)), LATER, budget=budget))
     with CountLanes(pipe.unet) as count:
         output, _ = latents_of(pipe)
     record = output.records[ROW]
     assert tried(record) == [("blue", False, False), ("a cat", False, True)]
+    assert [attempt.score for attempt in record.attempts] == [2.0, 3.0]  # of the last look that each got
     assert (record.outcome, record.decided_at_step, record.extra_lanes) == ("kept", 3, 4 + 4 + 4)
     assert count.rows == 2 * STEPS * len(PROMPTS) + 12
     torch.testing.assert_close(output.images[ROW], host_of(plain(), "a cat"), rtol=1e-3, atol=1e-3)
@@ -195,30 +208,101 @@ def test_the_best_that_the_budget_pays_for(guarded: Any, budget: int, kept: str,
     assert record.extra_lanes == lanes
 
 
-# Passes at once, and is taken back at the later look; the next attempt fails there.
-TAKEN_BACK = {"a rescue stands": ([0.0, 2.0, 3.0], "a cat", 4 + 4), "another is nearer": ([0.0, 2.0, 1.0], "blue", 12)}
+# One passes at once, and is taken back at the later look; the other fails: the scores, and which is kept for how much.
+TAKEN_BACK = {
+    "failed before, worse": (("blue", "a cat"), [3.0, 0.0, 2.0], "a cat", 8),
+    "failed after, worse": (("a cat", "blue"), [0.0, 2.0, 3.0], "a cat", 8),
+    "failed before, nearer": (("blue", "a cat"), [1.0, 0.0, 2.0, 1.5], "blue", 12),
+    "failed after, nearer": (("a cat", "blue"), [0.0, 2.0, 1.0, 1.5], "blue", 12),
+}
 
 
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm_multistep", "lms", "dpm_multistep_sde"])
 @pytest.mark.parametrize("case", TAKEN_BACK)
-def test_a_rescue_that_was_taken_back_is_an_attempt_as_others_are(guarded: Any, plain: Any, case: str) -> None:
-    """It is where the loop stands already; another would have to go there first."""
-    scores, kept, lanes = TAKEN_BACK[case]
-    pipe = guarded(keeping((Say("a cat"), Say("blue")), Told(scores), LATER))
+def test_a_rescue_that_was_taken_back_is_an_attempt_as_others_are(
+    guarded: Any, plain: Any, case: str, name: str
+) -> None:
+    """It is where the loop stands already; another has to go there first. The order of the plan does not matter."""
+    words, scores, kept, lanes = TAKEN_BACK[case]
+    pipe = guarded(keeping(tuple(map(Say, words)), Told(scores), LATER), name)
+    with CountLanes(pipe.unet) as count:
+        output, _ = latents_of(pipe)
+    record, steps = output.records[ROW], len(pipe.scheduler.timesteps)
+    other = next(word for word in words if word != kept)
+    assert tried(record) == [(other, False, False), (kept, False, True)]
+    assert record.outcome == "kept"
+    if steps == STEPS:
+        assert record.extra_lanes == lanes
+    assert count.rows == 2 * steps * len(PROMPTS) + record.extra_lanes
+    torch.testing.assert_close(output.images[ROW], host_of(plain(name), kept), rtol=1e-3, atol=1e-3)
+    assert torch.equal(output.images[OTHERS], latents_of(plain(name))[0].images[OTHERS])
+
+
+@dataclass(frozen=True)
+class ToldEach:
+    """Scores as it is told, image by image, in the order in which it is asked; but not at the host's later look."""
+
+    scores: Iterator[list[float]]
+    threshold: float = 0.5
+
+    def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
+        images = len(observations[0].values["detail"])
+        if images == len(PROMPTS) and later:
+            return torch.full((images,), 9.0)
+        return torch.tensor(next(self.scores))
+
+    def in_doubt(self, observations: Any) -> torch.Tensor:
+        return torch.zeros(len(observations[0].values["detail"]), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "dpm_multistep_sde"])
+def test_one_of_a_batch_goes_on_by_itself(guarded: Any, plain: Any, name: str) -> None:
+    """Tried together, all pass the second time, and one is taken back: only its own first attempt is walked on.
+
+    The guidance that a callback has set meanwhile is that of its way, too, and the negative prompt is its own.
+    """
+    own: dict[str, Any] = {"callback_on_step_end": weaken(2), "negative_prompt": ["red", "a house", ""]}
+
+    scores = iter([[9.0] * 3, [1.0] * 3, [0.0] * 3, [0.0], [8.0], [0.0], [2.0]])
+    pipe = guarded(keeping((Say("a cat"), Say("blue")), ToldEach(scores), LATER), name)
+    with CountLanes(pipe.unet) as count:
+        output, _ = latents_of(pipe, **own)
+    records, steps = output.records, len(pipe.scheduler.timesteps)
+    assert [record.outcome for record in records] == ["rescued", "kept", "rescued"]
+    assert tried(records[ROW]) == [("blue", False, False), ("a cat", False, True)]
+    assert [attempt.score for attempt in records[ROW].attempts] == [8.0, 2.0]
+    assert records[ROW].extra_lanes > records[0].extra_lanes == records[2].extra_lanes
+    assert count.rows == 2 * steps * len(PROMPTS) + sum(record.extra_lanes for record in records)
+    expected = host_of(plain(name), "a cat", **own)
+    torch.testing.assert_close(output.images[ROW], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_of_two_noises_the_one_that_was_given_up_is_an_attempt_as_others_are(
+    guarded: Any, plain: Any, monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    """The other is taken back at the last look, and is further from passing."""
+    left = iter([0.7, *([0.7, 0.1] if better else [0.1, 0.7]), 0.1])
+    monkeypatch.setattr(Escalation, "survival_of", lambda _self, _rescue: next(left))
+    scores = [0.0, 0.0, 0.0, 0.0, 9.0, 1.0]  # at once, at the first look; of other noise; at the last look
+    guard = wary(keeping((Say("a cat"),), Told(scores), {**LATER, "look_again_at": (0.5, 0.98)}))
+    pipe = guarded(guard)
     with CountLanes(pipe.unet) as count:
         output, _ = latents_of(pipe)
     record = output.records[ROW]
-    other = "blue" if kept == "a cat" else "a cat"
-    assert tried(record) == [(other, False, False), (kept, False, True)]
-    assert (record.outcome, record.extra_lanes) == ("kept", lanes)
-    assert count.rows == 2 * STEPS * len(PROMPTS) + lanes
-    torch.testing.assert_close(output.images[ROW], host_of(plain(), kept), rtol=1e-3, atol=1e-3)
+    names = ["a cat+new_seed", "a cat"]
+    assert tried(record) == [(names[not better], False, False), (names[better], False, True)]
+    assert [attempt.score for attempt in record.attempts] == [9.0, 1.0]
+    assert count.rows == 2 * STEPS * len(PROMPTS) + record.extra_lanes
+    if better:
+        torch.testing.assert_close(output.images[ROW], host_of(plain(), "a cat"), rtol=1e-3, atol=1e-3)
 
 
-def test_one_that_failed_before_a_rescue_is_not_fallen_back_on(guarded: Any) -> None:
-    """It failed at a look that the rescue stood."""
-    plan, scores = (Say("a"), Say("a cat"), Say("blue")), [0.6, 0.0, 8.0, 9.0]
-    record = latents_of(guarded(keeping(plan, Told(scores), LATER)))[0].records[ROW]
-    assert tried(record) == [("a", False, False), ("blue", False, False), ("a cat", False, True)]
+def test_what_is_no_number_further_on_is_not_handed_out(guarded: Any) -> None:
+    """The next best is."""
+    detector = Told([1.0, 2.0, math.nan, 3.0], (0.0, 9.0))
+    record = latents_of(guarded(keeping((Say("a cat"), Say("blue")), detector, LATER)))[0].records[ROW]
+    assert (tried(record), record.extra_lanes) == ([("a cat", False, False), ("blue", False, True)], 16)
 
 
 def test_a_rescue_is_kept_as_well(guarded: Any) -> None:
@@ -229,7 +313,7 @@ def test_a_rescue_is_kept_as_well(guarded: Any) -> None:
         guard = keeping((Forget(),), Told([0.0, worth]), LATER)
         assert tried(latents_of(guarded(guard))[0].records[ROW]) == [("forget", False, True)]
     blank = latents_of(guarded(keeping((Forget(),), Told([0.0, 2.0]), LATER, on_failure="blank")))[0]
-    assert blank.records[ROW].outcome == "blocked"
+    assert (blank.records[ROW].outcome, tried(blank.records[ROW])) == ("blocked", [("forget", False, False)])
     assert not blank.images[ROW].any()
 
 

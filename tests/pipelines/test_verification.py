@@ -71,7 +71,7 @@ def test_a_relapse_at_the_end_is_blocked(guarded: Any) -> None:
     session.guard = session.guard.with_policy(max_resemblance=0.5)
     attempt = Attempt("forget", 1.0, 0, -9.0, 0.0, True, "")
     session.cases[1].attempts[:] = [attempt]
-    session.replaced[:] = [SimpleNamespace(row=1)]
+    session.replaced[1] = SimpleNamespace(row=1)
     session._verify(torch.randn_like(memory))
     assert [record.outcome for record in session.records(3)][1] == "rescued"
     session._verify(0.3 * memory + 5.0)  # a faint copy on another ground

@@ -47,7 +47,7 @@ def test_an_image_that_is_kept_though_nothing_passed_says_which_attempt_it_is_of
         run = make_run(tmp_path / outcome, [flagged_row(0, outcome=outcome, attempts=tried)])
         html = Path(write_report(run)).read_text(encoding="utf-8")
         assert (html.count("not passed, kept"), html.count("given up")) == (told, 2 - told)
-        assert ("nothing rescued was kept all the same, with the attempt that came nearest" in html) == (
+        assert ("nothing rescued was kept all the same, with the attempt that came nearest where" in html) == (
             outcome == "kept"
         )
 
