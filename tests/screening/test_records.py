@@ -155,3 +155,11 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["x"]}), path)
     with pytest.raises(ValueError, match="lacks the columns family"):
         read_run(tmp_path)
+    older = SCHEMA.set(
+        SCHEMA.get_field_index("attempts"), pa.field("attempts", pa.list_(pa.struct({"score": pa.float64()})))
+    )
+    pq.write_table(older.empty_table(), path)
+    with pytest.raises(
+        ValueError, match="lacks the columns attempts, or has others; it was not written by this version"
+    ):
+        read_run(tmp_path)
