@@ -15,6 +15,7 @@ from benchmarks.sweep import DEFAULT
 
 README, ALL = Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md"
 AGAIN = ("first", "twelfth")  # explanation and evasion are measured on these, too
+KEPT = ("first", "fourth")
 PLANNED = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->", "<!-- end of figures -->"
 
@@ -203,6 +204,23 @@ def plans_table(results: list[dict[str, Any]]) -> str:
     return table(("plan", *(f"{name}: {what}" for name in asked for what in each)), rows)
 
 
+def kept_table(results: dict[str, dict[str, Any]]) -> str:
+    """What `keep` hands out where nothing was rescued, on each checkpoint."""
+    rows = [
+        (
+            name,
+            plan,
+            line["images"],
+            f"{line['kept']} ({line['relapsed']})",
+            *(f"{line[kind]['copies']} / {line[kind]['good']}" for kind in ("without_the_guard", "handed_out")),
+        )
+        for name, result in results.items()
+        for plan, line in result["plans"].items()
+    ]
+    each = ("without the guard: copies / good", "handed out: copies / good")
+    return table(("checkpoint", "plan", "images", "not rescued (of these relapsed)", *each), rows)
+
+
 def screening(result: dict[str, Any], quick: dict[str, Any]) -> str:
     """Of the pipeline alone, of its workers, of what a kill costs, and of quick depth."""
     scale, kills = result["scale"], result["kills"]
@@ -385,6 +403,11 @@ def figures() -> str:
             "caption. "
             f"({revision('plans_first')})",
             plans_table([load(f"plans_{name}") for name in PLANNED]),
+            '*Kept*: `on_failure="keep"` on `report` rows of memorized prompts. Of the images that nothing rescued, '
+            "those that are copies, and those that are none and read as their caption says: as they would have been, "
+            "and of the attempt that came nearest to passing. Noise in the embedding alone fails often "
+            f"({revision('keep')}).",
+            kept_table({"bundled": load("keep")} | {name: load(f"keep_{name}") for name in KEPT}),
             memory(load("memory")),
             f"*Explanation*: a rare word is named first by {attribution(load('attribution'))} "
             f"({revision('attribution')}). "
