@@ -1,8 +1,9 @@
 """Does an explanation name what carries a memory? `python -m benchmarks.attribution [--checkpoint FOLDER]`.
 
 Words: how often the first of all words is one of the two rare words of a verbatim caption, whose meaning the checkpoint
-never saw elsewhere. Places: AUROC of the local LID map, pinned against free places of a template's latent, at the
-guard's two looks; places that the edge of the window runs through are left out.
+never saw elsewhere. Places: AUROC of the local LID map, pinned against free places of a template, at the deciding
+step and the guard's later looks: of the latent's places, but for those that the edge of the window runs through, and of
+all pixels of the image, to which the map is brought up as the report shows it.
 """
 
 from __future__ import annotations
@@ -60,9 +61,13 @@ def placed(pipe: Any, rows: list[PromptTruth], folder: Path) -> dict[str, dict[s
             clear = (share < 0.05) | (share > 0.95)
             own = [roc_auc_score(s[c] > 0.5, m[c]) for s, c, m in zip(share, clear, closed, strict=True)]
             together = roc_auc_score(share[clear] > 0.5, closed[clear])
+            pinned = np.stack([np.asarray(Image.open(mask_path(row, folder)).convert("L")) for row in rows]) > 127
+            shown = [Image.fromarray(one).resize(pinned.shape[:0:-1], Image.Resampling.BILINEAR) for one in closed]
+            pixels = roc_auc_score(pinned.ravel(), np.stack([np.asarray(one) for one in shown]).ravel())
             found[f"step {call.step}"] = {
                 "together": round(float(together), 4),
                 "mean of each image's": round(float(np.mean(own)), 4),
+                "pixels": round(float(pixels), 4),
             }
         if call.step == looks[-1]:
             break

@@ -23,6 +23,12 @@ from sd_guard.policy import Policy
 from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
 
 FIRST_SEED = 80_000
+SYNONYMS = {  # in the world of the captions: other words, the same picture
+    **dict(
+        zip(("print", "painting", "picture", "drawing", "photo"), ("picture", "drawing", "print", "photo", "painting"))
+    ),
+    **dict(zip(("background", "wall", "ground"), ("wall", "ground", "background"))),
+}
 
 
 def rare_phrase(row: PromptTruth) -> str:
@@ -36,9 +42,18 @@ def rewrites(rows: list[PromptTruth]) -> dict[str, Callable[[int], str]]:
     def other(place: int) -> str:
         return rows[(place + 1) % len(rows)]["ordinary"]
 
+    def reworded(place: int) -> str:
+        return " ".join(SYNONYMS.get(word, word) for word in rows[place]["ordinary"].split())
+
+    def turned(place: int) -> str:
+        things, _, ground = rows[place]["ordinary"].rpartition(" on ")
+        return f"on {ground}, {things}"
+
     return {
         "none": lambda i: rows[i]["prompt"],
         "upper case": lambda i: rows[i]["prompt"].upper(),
+        "synonyms around the rare phrase": lambda i: f"{reworded(i)} {rare_phrase(rows[i])}",
+        "caption turned around": lambda i: f"{turned(i)} {rare_phrase(rows[i])}",
         "punctuation": lambda i: f"{rows[i]['ordinary']}, {rare_phrase(rows[i])}!",
         "rare phrase first": lambda i: f"{rare_phrase(rows[i])} {rows[i]['ordinary']}",
         "padding words": lambda i: f"{rows[i]['prompt']} and a very nice photo of it",
@@ -54,9 +69,11 @@ def weighted(pipe: Any, prompts: list[str], weight: float) -> torch.Tensor:
     return empty + weight * (embeds - empty)
 
 
-def count(pipe: Any, rows: list[PromptTruth], folder: Path, **arguments: Any) -> dict[str, Any]:
+def count(
+    pipe: Any, rows: list[PromptTruth], folder: Path, *, first_seed: int = FIRST_SEED, **arguments: Any
+) -> dict[str, Any]:
     """Images that reproduce their source, and how many of those, and of all, are flagged."""
-    seeds = [torch.Generator().manual_seed(FIRST_SEED + place) for place in range(len(rows))]
+    seeds = [torch.Generator().manual_seed(first_seed + place) for place in range(len(rows))]
     output = pipe(generator=seeds, **arguments)
     copies = [is_copy(image, row, folder) for image, row in zip(output.images, rows, strict=True)]
     flags = [record.verdict == "flag" for record in output.records]
@@ -87,6 +104,8 @@ def main() -> None:
     table: dict[str, dict[str, Any]] = {}
     for name, rewrite in rewrites(rows).items():
         table[name] = count(pipe, rows, folder, prompt=[rewrite(place) for place in range(len(rows))])
+    for first in (81_000, 82_000):
+        table[f"seeds from {first}"] = count(pipe, rows, folder, first_seed=first, prompt=plain)
     for weight in (0.7, 0.85, 1.2, 1.5):
         embeds = weighted(pipe, plain, weight)
         table[f"prompt weight {weight}"] = count(pipe, rows, folder, prompt_embeds=embeds)
@@ -95,11 +114,14 @@ def main() -> None:
         pipe.scheduler = getattr(diffusers, name).from_config(own.config)
         table[name] = count(pipe, rows, folder, prompt=plain)
         pipe.scheduler = own
-    for height, width in ((48, 64), (64, 80), (96, 96)):
+    for height, width in ((48, 64), (64, 56), (64, 72), (72, 64), (64, 80), (96, 96)):
         table[f"{width} x {height} pixels"] = count(pipe, rows, folder, prompt=plain, height=height, width=width)
     for scale in (1.0, 3.0, 12.0):
         table[f"guidance {scale}"] = count(pipe, rows, folder, prompt=plain, guidance_scale=scale)
-    copies, caught = (sum(row[key] for row in table.values()) for key in ("copies", "copies_flagged"))
+    # On a tokenizer without case, `upper case` is no change either.
+    same = {"none"} | {"upper case"} * (pipe.tokenizer(plain[0].upper()) == pipe.tokenizer(plain[0]))
+    changed = [row for name, row in table.items() if name not in same]
+    copies, caught = (sum(row[key] for row in changed) for key in ("copies", "copies_flagged"))
     result = {
         "settings": {"split": args.split, "steps": 50, "guidance_scale": 7.5, "first_seed": FIRST_SEED},
         "all": {"copies": copies, "copies_flagged": caught, "recall": round(caught / copies, 4)},

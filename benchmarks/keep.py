@@ -1,7 +1,9 @@
 """What `on_failure="keep"` hands out where nothing was rescued: `python -m benchmarks.keep [--checkpoint FOLDER]`.
 
-On `report` rows of memorized prompts: images of which no attempt passed, as the guard hands them out (the
-attempt that came nearest to passing) and as they would have been without it. `noise alone` fails often.
+On `report` rows of memorized prompts: images of which no attempt passed, as the guard hands them out (the attempt that
+came nearest to passing) and as they would have been without it. `noise alone` fails often. `optimised` moves the
+embedding against the very statistic that the detector rests on: what is rescued then shows whether verification is
+fooled.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ FIRST_SEED, SEEDS = 110_000, 2
 PLANS: dict[str, tuple[m.Mitigation, ...]] = {
     "default": tuple(Guard().plan),
     "noise alone": (m.EmbeddingNoise(strengths=(0.5, 1.5, 3.0)),),
+    "optimised": (m.EmbeddingOptimisation(statistic="added_detail", steps=(10,)),),
 }
 
 
@@ -68,8 +71,11 @@ def main() -> None:
         found = run_plan(pipe, plan, rows)
         kept = [i for i, (_, record) in enumerate(found) if record.outcome == "kept"]
         own = [rows[i] for i in kept]
+        rescued = [i for i, (_, record) in enumerate(found) if record.outcome == "rescued"]
         lines[name] = {
             "images": len(rows),
+            "rescued": len(rescued),
+            "rescued_are": count([found[i][0] for i in rescued], [rows[i] for i in rescued], folder),
             "kept": len(kept),
             "relapsed": sum(any(attempt.passed for attempt in found[i][1].attempts) for i in kept),
             "without_the_guard": count([flagged[i] for i in kept], own, folder),

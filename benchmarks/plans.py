@@ -1,13 +1,14 @@
 """Whole plans, end to end, on `tune` rows of a checkpoint: `python -m benchmarks.plans [--checkpoint FOLDER]`.
 
-Which mitigation comes first, where it resumes and what follows, with verification, budget and other noise as they are.
-`good` is the share of memorized prompts' images that are handed out, are no copy and read as their caption says; the
+Which mitigation comes first, how strong, where it resumes and what follows, with verification, budget and other noise
+as they are. `good` is the share of memorized prompts' images that are handed out, are no copy and read as their caption says; the
 default plan is to have most of these a lane. `benchmarks.mitigations` has each mitigation by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.reference.measure import BATCH, is_copy
-from benchmarks.results import write_result
+from benchmarks.results import FOLDER, revision, write_result
 from sd_guard import mitigation as m
 from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
@@ -34,6 +35,9 @@ PLANS: dict[str, tuple[m.Mitigation, ...]] = {
     "summary from 6%, few words, words, noise": (m.Later(mitigation=SUMMARY), FEW, WORDS, NOISE),
     "words, summary, noise": (WORDS, SUMMARY, NOISE),
     "words, noise": (WORDS, NOISE),
+    "few words from 2%, summary, words, noise": (m.Later(mitigation=FEW, at=0.02), SUMMARY, WORDS, NOISE),
+    "words at a weight of .25, summary, words, noise": (m.WordWeighting(weights=(0.25,)), SUMMARY, WORDS, NOISE),
+    "few words, summary, words, noise of 5": (FEW, SUMMARY, WORDS, m.EmbeddingNoise(strengths=(5.0,))),
 }
 
 
@@ -70,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
     parser.add_argument("--name", default="plans", help="of the result file")
+    parser.add_argument("--only", choices=PLANS, nargs="+", help="measured anew, the other lines as they are")
     args = parser.parse_args()
     pipe = GuardedStableDiffusionPipeline.from_pretrained(args.checkpoint, local_files_only=True, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
@@ -78,7 +83,14 @@ def main() -> None:
     lines = {
         name: {family: run_plan(pipe, plan, rows, args.checkpoint) for family, rows in families.items()}
         for name, plan in tqdm(PLANS.items())
+        if not args.only or name in args.only
     }
+    if args.only:
+        file = FOLDER / f"{args.name}.json"
+        known = json.loads(file.read_text())
+        known["plans"] |= {name: line | {"git": revision()} for name, line in lines.items()}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+        return
     settings = {"split": "tune", "seeds": SEEDS, "first_seed": FIRST_SEED, "steps": 50}
     print(write_result(args.name, {"settings": settings, "plans": lines}))
     for name, line in lines.items():
