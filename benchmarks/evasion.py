@@ -24,10 +24,14 @@ from sd_guard.reference import PromptTruth, checkpoint_path, load_truth
 
 FIRST_SEED = 80_000
 SYNONYMS = {  # in the world of the captions: other words, the same picture
-    **dict(
-        zip(("print", "painting", "picture", "drawing", "photo"), ("picture", "drawing", "print", "photo", "painting"))
-    ),
-    **dict(zip(("background", "wall", "ground"), ("wall", "ground", "background"))),
+    "print": "picture",
+    "painting": "drawing",
+    "picture": "print",
+    "drawing": "photo",
+    "photo": "painting",
+    "background": "wall",
+    "wall": "ground",
+    "ground": "background",
 }
 
 

@@ -1,8 +1,8 @@
 """Whole plans, end to end, on `tune` rows of a checkpoint: `python -m benchmarks.plans [--checkpoint FOLDER]`.
 
 Which mitigation comes first, how strong, where it resumes and what follows, with verification, budget and other noise
-as they are. `good` is the share of memorized prompts' images that are handed out, are no copy and read as their caption says; the
-default plan is to have most of these a lane. `benchmarks.mitigations` has each mitigation by itself.
+as they are. `good` is the share of memorized prompts' images that are handed out, are no copy and read as their caption
+says; the default plan is to have most of these a lane. `benchmarks.mitigations` has each mitigation by itself.
 """
 
 from __future__ import annotations
