@@ -385,7 +385,7 @@ def figures() -> str:
             "phrase, the share that would be counted as copies: what keeps to the caption cannot be "
             f"expected below it ({revision('drawings')}). *Beyond the caption*: copies that are nearer to their source "
             "than all but one in a hundred of such drawings. In brackets: lanes where one prompt in twenty is "
-            "memorized, over those of plain sampling, and the revision.",
+            "memorized verbatim, over those of plain sampling, and the revision.",
             *mitigation_tables(),
             "*Every mitigation* by itself: its first change, to all verbatim prompts, whatever the guard thinks of "
             "it. Reproduced and on caption are shares of images; diversity is the distance between two seeds, distance "

@@ -102,7 +102,7 @@ def main() -> None:
         }
     asked = {"split": args.split, "first_seed": FIRST_SEED}
     settings: dict[str, Any] = {"steps": 50, "guidance_scale": 7.5, "lanes_an_image": 100, **asked}
-    # Lanes of a stream of which one prompt in twenty is memorized, over those of plain sampling.
+    # Lanes of a stream of which one prompt in twenty is memorized verbatim, over those of plain sampling.
     mixed = 0.05 * float(table["verbatim"]["extra_lanes_mean"]) + 0.95 * float(table["novel"]["extra_lanes_mean"])
     stream = {"stream_of_5_percent": round(1 + mixed / settings["lanes_an_image"], 4)}
     print(write_result(args.name, {"settings": settings, **table, **stream}))

@@ -158,7 +158,7 @@ def test_the_redder_the_more():
     assert "\x1b[48;5;196m cat \x1b[0m" in text
     assert text.split("\n")[1] == "cat 75%, red 25%"
     nothing = dataclasses.replace(WORDS, scores=(-1.0, 0.0, 0.0))
-    assert tinted(nothing) == "a red cat\nno word raises the score"
+    assert tinted(nothing) == "a red cat\nno word raises the detail that the prompt adds"
     assert column(WORDS) == " -25.0%  a\n  25.0%  red\n  75.0%  cat"
 
 

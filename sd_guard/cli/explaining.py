@@ -110,7 +110,7 @@ def tinted(words: WordAttribution) -> str:
         shown.append(printable(word) if tint is None else typer.style(f" {printable(word)} ", fg=16, bg=tint))
     ranked = sorted(zip(words.scores, words.words, strict=True), key=lambda pair: -pair[0])[:3]
     first = ", ".join(f"{printable(word)} {score:.0%}" for score, word in ranked if score > 0)
-    return f"{' '.join(shown)}\n{first or 'no word raises the score'}"
+    return f"{' '.join(shown)}\n{first or 'no word raises the detail that the prompt adds'}"
 
 
 def column(words: WordAttribution) -> str:
@@ -156,7 +156,7 @@ def _draw_words(axis: Any, words: WordAttribution) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(kept) - 0.4, -0.6)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlabel("share of what raises the score, %")
+    axis.set_xlabel("share of the detail that the prompt adds, %")
     left_out = len(ranked) - len(kept)
     axis.set_title(f"words, by {words.method.replace('_', ' ')}" + (f" ({left_out} more)" if left_out else ""))
     for side in ("top", "right", "left"):

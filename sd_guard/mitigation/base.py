@@ -135,8 +135,9 @@ class Mitigation(Protocol):
     """Proposes changes for one image, the smallest first. Lazy: a later change may spend lanes to be found.
 
     One that not every pipeline can run also has a method `check(pipe)`, which raises ValueError with one line for the
-    user, when the guard is enabled and before each call. One that takes gradients enables them around its own
-    computations and never around a `yield`.
+    user, when the guard is enabled and before each call; one that resumes at shares of the steps names them in
+    `resumes_at`, and is refused likewise where no snapshot is kept so late. One that takes gradients enables them
+    around its own computations and never around a `yield`.
     """
 
     def propose(self, subject: Subject) -> Iterator[Change]:

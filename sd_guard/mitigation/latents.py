@@ -51,7 +51,8 @@ class Renoise:
     nothing to propose, and the steps from that level on.
 
     Attributes:
-        to: shares of the steps in [0, 1), tried in order; the nearest observed step that is not later is taken.
+        to: shares of the steps in [0, 1), tried in order; the nearest observed step that is not later is taken. Beyond
+            the last of `Guard.observe_at`, which decides, a pipeline refuses it.
     """
 
     to: tuple[float, ...] = (0.04, 0.02)
@@ -60,6 +61,11 @@ class Renoise:
         """Refuses settings that no run could use."""
         if not self.to or not all(0 <= share < 1 for share in self.to):
             raise ValueError(f"to={self.to} must hold shares of the steps in [0, 1), at least one")
+
+    @property
+    def resumes_at(self) -> tuple[float, ...]:
+        """Shares of the steps."""
+        return self.to
 
     def propose(self, subject: Subject) -> Iterator[Change]:
         """One change a level."""

@@ -19,7 +19,8 @@ class Later:
 
     Attributes:
         mitigation: whose changes.
-        at: share of the steps in [0, 1); the nearest observed step that is not later is resumed from.
+        at: share of the steps in [0, 1); the nearest observed step that is not later is resumed from. Beyond the last
+            of `Guard.observe_at`, which decides, a pipeline refuses it.
     """
 
     mitigation: Mitigation = field(default_factory=WordAblation)
@@ -29,6 +30,11 @@ class Later:
         """Refuses settings that no run could use."""
         if not 0 <= self.at < 1:
             raise ValueError(f"at={self.at} is no share of the steps in [0, 1); 0 restarts")
+
+    @property
+    def resumes_at(self) -> tuple[float, ...]:
+        """Shares of the steps."""
+        return (self.at,)
 
     def check(self, pipe: Any) -> None:
         """Refuses what the other mitigation refuses.

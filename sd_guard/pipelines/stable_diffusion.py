@@ -339,9 +339,16 @@ def check_plan(pipe: Any, guard: Guard) -> None:
     Raises:
         ValueError: one line that names the mitigation and the remedy.
     """
+    last = max(guard.observe_at)
     for mitigation in guard.plan:
         if check := getattr(mitigation, "check", None):
             check(pipe)
+        asked = max(getattr(mitigation, "resumes_at", ()), default=0.0)
+        if asked > last:
+            raise ValueError(
+                f"plan: {type(mitigation).__name__} resumes at {asked:g} of the steps, and that is possible at "
+                f"observed steps only, the last at observe_at={last:g}: observe later, or resume earlier"
+            )
 
 
 def _prompts_of(arguments: dict[str, Any]) -> list[str] | None:

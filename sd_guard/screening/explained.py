@@ -1,4 +1,4 @@
-"""Rows that say why: for each flagged image, the words that carry the score and a picture of where it is pinned.
+"""Rows that say why: of each flagged image, the words that carry what its prompt adds, and where it is pinned.
 
 An explanation costs about as much as the image itself: it is asked for (`--explain`), and of flagged images only.
 """

@@ -27,7 +27,8 @@ The first ten columns, in this order, are a contract with other readers.
 |   |   | `kept`: whether `image` is this attempt's |
 | `fingerprint` | string, nullable | model, scheduler, steps, guidance and dtype, from the guard |
 | `words` | list of struct, nullable | of a flagged image, with `--explain`: `word` and `weight`, its share of what |
-|   |   | raises the score (negative where it lowers it), in the order of the prompt |
+|   |   | raises the detail that the prompt adds, the free half of the score (negative where it lowers it), |
+|   |   | in the order of the prompt |
 | `map` | string, nullable | likewise: path of a PNG, relative to the run folder, red where the image is pinned |
 """
 
@@ -129,7 +130,7 @@ class AttemptRow(TypedDict):
 
 
 class WordRow(TypedDict):
-    """A word of the prompt, and its share of what raises the score."""
+    """A word of the prompt, and its share of what raises the detail that the prompt adds."""
 
     word: str
     weight: float

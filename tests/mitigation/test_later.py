@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,15 @@ from mitigation.mixtures import KNOWN, call, mixture_pipeline
 from tiny import subject_of
 
 from sd_guard.guard import Guard
-from sd_guard.mitigation import Later, LowerGuidance, NewSeed, NoiseOptimisation, OppositeGuidance, PromptReanchoring
+from sd_guard.mitigation import (
+    Later,
+    LowerGuidance,
+    NewSeed,
+    NoiseOptimisation,
+    OppositeGuidance,
+    PromptReanchoring,
+    Renoise,
+)
 from sd_guard.settings import guard_from_json, guard_to_json
 
 
@@ -74,3 +82,17 @@ def test_nothing_of_the_subject_is_kept() -> None:
     later = Later(mitigation=LowerGuidance(scales=(1.0,)), at=0.5)
     first, second = (subject_of(prompt_embeds=torch.full((3, 4), value)) for value in (1.0, 2.0))
     assert [next(later.propose(s)).prompt_embeds.mean().item() for s in (first, second)] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("late", [Later(mitigation=LowerGuidance(scales=(1.0,)), at=0.5), Renoise(to=(0.1, 0.5))])
+def test_what_no_snapshot_is_kept_for_is_refused_when_it_is_configured(parts: dict[str, Any], late: Any) -> None:
+    """It would be resumed from an earlier step than it says."""
+    pipe = mixture_pipeline(parts)
+    before = pipe.guard
+    said = rf"{type(late).__name__} resumes at 0\.5 of the steps, .* the last at observe_at=0\.3: observe later"
+    with pytest.raises(ValueError, match=said):
+        pipe.enable_guard(replace(before, plan=(late,)))
+    assert pipe.guard == before
+    pipe.enable_guard(replace(before, plan=(late,), observe_at=(0.1, 0.2, 0.5)))
+    record = call(pipe, KNOWN[0]).records[0]
+    assert {attempt.resumed_from_step for attempt in record.attempts} <= {2, 10}

@@ -278,8 +278,11 @@ def test_in_a_pipeline(own_parts: dict[str, Any], dtype: torch.dtype, offloaded:
     scores = [record.score for record in pipe(**call, generator=seeded(1, 2)).records]
     guard = watching(sum(scores) / 2, (TokenReplacement(rewriter=Deletion(), words=(1,)),))
     pipe.enable_guard(replace(guard, policy=Policy(margin=0.0, max_resemblance=1e-6)), budget=100)
+    processors = dict(pipe.unet.attn_processors)
     with CountLanes(pipe.unet) as count:
         output = pipe(**call, generator=seeded(1, 2))
+    assert pipe.unet.attn_processors == processors
+    assert not pipe.unet.is_gradient_checkpointing
     flagged = scores.index(max(scores))
     assert torch.equal(output.images[1 - flagged], plain.images[1 - flagged])
     assert count.rows + BACKWARD_LANES == 2 * 6 * 2 + sum(record.extra_lanes for record in output.records)
