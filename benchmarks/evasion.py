@@ -123,8 +123,8 @@ def main() -> None:
     for scale in (1.0, 3.0, 12.0):
         table[f"guidance {scale}"] = count(pipe, rows, folder, prompt=plain, guidance_scale=scale)
     # On a tokenizer without case, `upper case` is no change either.
-    same = {"none"} | {"upper case"} * (pipe.tokenizer(plain[0].upper()) == pipe.tokenizer(plain[0]))
-    changed = [row for name, row in table.items() if name not in same]
+    cased = pipe.tokenizer(plain[0].upper()).input_ids != pipe.tokenizer(plain[0]).input_ids
+    changed = [row for name, row in table.items() if name != "none" and (cased or name != "upper case")]
     copies, caught = (sum(row[key] for row in changed) for key in ("copies", "copies_flagged"))
     result = {
         "settings": {"split": args.split, "steps": 50, "guidance_scale": 7.5, "first_seed": FIRST_SEED},
