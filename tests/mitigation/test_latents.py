@@ -207,8 +207,9 @@ def test_the_pull_keeps_the_latent_likely() -> None:
     assert norms[50.0] < norms[0.0]
 
 
+@pytest.mark.parametrize("statistic", ["sharpness", "cfg_norm", "added_detail"])
 @pytest.mark.parametrize(("scheduler", "dtype"), [("euler", torch.float32), ("ddim", torch.bfloat16)])
-def test_in_a_pipeline(parts: dict[str, Any], scheduler: str, dtype: torch.dtype) -> None:
+def test_in_a_pipeline(parts: dict[str, Any], scheduler: str, dtype: torch.dtype, statistic: str) -> None:
     """The statistic falls, in bfloat16 too; the neighbour is the same to the bit, and the model is left as it was."""
     pipe: Any = build(GuardedStableDiffusionPipeline, parts, scheduler).to(dtype)
     arguments: dict[str, Any] = {"prompt": ["a dog", "blue"], "num_inference_steps": 6, "output_type": "latent"}
@@ -216,7 +217,7 @@ def test_in_a_pipeline(parts: dict[str, Any], scheduler: str, dtype: torch.dtype
     plain = pipe(**arguments, generator=seeded(1, 2))
     pipe.enable_guard(watching(plan=()))
     scores = [record.score for record in pipe(**arguments, generator=seeded(1, 2)).records]
-    watched = Told(steps=(3,))
+    watched = Told(statistic=statistic, steps=(3,))
     pipe.enable_guard(watching(sum(scores) / 2, (watched,)), budget=100)
     processors = dict(pipe.unet.attn_processors)
     with CountLanes(pipe.unet) as count:
@@ -224,7 +225,7 @@ def test_in_a_pipeline(parts: dict[str, Any], scheduler: str, dtype: torch.dtype
     flagged = scores.index(max(scores))
     assert [len(record.attempts) for record in output.records] == [1 - flagged, flagged]
     assert torch.equal(output.images[1 - flagged], plain.images[1 - flagged])
-    assert count.rows + 3 * 4 * BACKWARD_LANES == 24 + sum(record.extra_lanes for record in output.records)
+    assert count.rows + 3 * watched._lanes * BACKWARD_LANES == 24 + sum(record.extra_lanes for record in output.records)
     assert watched.told[-1] < watched.told[0]
     assert pipe.unet.attn_processors == processors
     assert not pipe.unet.is_gradient_checkpointing
