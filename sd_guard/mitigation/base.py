@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sd_guard.noise import NoiseLevel, Prediction
 
-# What the backward pass of one lane costs, in lanes. Measured with checkpointing as CPU time of one thread, beside a
-# forward pass without gradients: 1.5 on a random UNet of Stable Diffusion 1's size (860 M weights, 32 x 32 latents),
-# 2.8 on the first reference checkpoint's, where Python's share is large; 0.9 to 1.2 without checkpointing on either.
+# What the backward pass of one lane costs, in lanes, with checkpointing: by `benchmarks/backward.py` 1.95 on a random
+# UNet of Stable Diffusion 1's size, and 2.5 on the reference checkpoints', where Python's share is large.
 BACKWARD_LANES = 2.0
 _CHANGES_WEIGHTS = ("group_offloading", "layerwise_casting")  # hooks of diffusers that do so after a layer's forward
 
