@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.reference.measure import BATCH, is_copy
+from benchmarks.mitigation import generate_guarded
+from benchmarks.reference.measure import is_copy
 from benchmarks.results import write_result
 from sd_guard import mitigation as m
 from sd_guard.guard import Guard, GuardRecord
@@ -38,13 +38,8 @@ def run_plan(
 ) -> list[tuple[Image.Image, GuardRecord]]:
     """Images and records, one a row."""
     pipe.enable_guard(replace(Guard(), plan=plan).with_policy(on_failure="keep"))
-    found: list[tuple[Image.Image, GuardRecord]] = []
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        seeds = [torch.Generator().manual_seed(FIRST_SEED + start + i) for i in range(len(part))]
-        output = pipe([row["prompt"] for row in part], generator=seeds)
-        found += zip(output.images, output.records, strict=True)
-    return found
+    images, records = generate_guarded(pipe, [row["prompt"] for row in rows], first_seed=FIRST_SEED)
+    return list(zip(images, records, strict=True))
 
 
 def count(images: list[Image.Image], rows: list[PromptTruth], folder: Path) -> dict[str, int]:
@@ -62,7 +57,6 @@ def main() -> None:
     args = parser.parse_args()
     folder: Path = args.checkpoint
     pipe = GuardedStableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
     rows = [row for row in load_truth(folder) if row["split"] == "report" and row["family"] in ("verbatim", "template")]
     rows *= SEEDS
     flagged = [image for image, _ in run_plan(pipe, (), rows)]

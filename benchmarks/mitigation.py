@@ -27,7 +27,7 @@ FIRST_SEED = 20_000  # nothing was chosen by looking at images of these seeds
 
 
 def generate_guarded(
-    pipe: GuardedStableDiffusionPipeline, prompts: list[str]
+    pipe: GuardedStableDiffusionPipeline, prompts: list[str], *, first_seed: int = FIRST_SEED
 ) -> tuple[list[Image.Image], list[GuardRecord]]:
     """Images and records, one a prompt, of the seeds that `generate` uses."""
     pipe.set_progress_bar_config(disable=True)
@@ -35,7 +35,7 @@ def generate_guarded(
     records: list[GuardRecord] = []
     for start in tqdm(range(0, len(prompts), BATCH), desc="guarded"):
         part = prompts[start : start + BATCH]
-        output = pipe(part, generator=[torch.Generator().manual_seed(FIRST_SEED + start + i) for i in range(len(part))])
+        output = pipe(part, generator=[torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))])
         images += output.images
         records += output.records
     return images, records

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from benchmarks.reference.measure import BATCH, is_copy
+from benchmarks.mitigation import generate_guarded
+from benchmarks.reference.measure import is_copy
 from benchmarks.results import FOLDER, revision, write_result
 from sd_guard import mitigation as m
 from sd_guard.guard import Guard
@@ -47,16 +47,13 @@ def run_plan(
     """Shares of images, and lanes, of one plan."""
     pipe.enable_guard(replace(Guard(), plan=plan))
     good, copied, blocked, lanes = [], [], [], []
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        seeds = [torch.Generator().manual_seed(FIRST_SEED + start + i) for i in range(len(part))]
-        output = pipe([row["prompt"] for row in part], generator=seeds)
-        for row, image, record in zip(part, output.images, output.records, strict=True):
-            given = record.outcome != "blocked"
-            copied.append(given and is_copy(image, row, folder))
-            good.append(given and not copied[-1] and reads_as(image, row["ordinary"]))
-            blocked.append(not given)
-            lanes.append(record.extra_lanes)
+    images, records = generate_guarded(pipe, [row["prompt"] for row in rows], first_seed=FIRST_SEED)
+    for row, image, record in zip(rows, images, records, strict=True):
+        given = record.outcome != "blocked"
+        copied.append(given and is_copy(image, row, folder))
+        good.append(given and not copied[-1] and reads_as(image, row["ordinary"]))
+        blocked.append(not given)
+        lanes.append(record.extra_lanes)
     return {
         "images": len(rows),
         **{
@@ -77,7 +74,6 @@ def main() -> None:
     parser.add_argument("--only", choices=PLANS, nargs="+", help="measured anew, the other lines as they are")
     args = parser.parse_args()
     pipe = GuardedStableDiffusionPipeline.from_pretrained(args.checkpoint, local_files_only=True, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
     truth = [row for row in load_truth(args.checkpoint) if row["split"] == "tune"]
     families = {name: [row for row in truth if row["family"] == name] * SEEDS for name in ("verbatim", "template")}
     lines = {
