@@ -6,15 +6,21 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 
+
+class _Weights(NamedTuple):
+    """Digest of a module's weights, and their dtype as diffusers names it."""
+
+    digest: str
+    dtype: str
+
+
 _SAMPLED_ENTRIES = 16  # of each weight, evenly spaced: a fine-tune or a fused adapter changes some of them
-_weights: WeakKeyDictionary[Any, tuple[Any, str]] = (
-    WeakKeyDictionary()
-)  # module -> what its digest was taken of, digest
+_read: WeakKeyDictionary[Any, tuple[Any, _Weights]] = WeakKeyDictionary()  # module -> state of its weights, and they
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +80,13 @@ def take_fingerprint(
     scheduler = f"{type(pipe.scheduler).__name__} {_digest(config)}" + (f" eta {eta:g}" if eta else "")
     if schedule is not None:
         scheduler += f" schedule {_digest([float(place) for place in schedule])}"
+    unet = _read_weights(pipe.unet)
     return Fingerprint(
-        model=_model_digest(pipe.unet, pipe.text_encoder) + _other_size(pipe, height, width),
+        model=_model_digest(pipe, unet) + _other_size(pipe, height, width),
         scheduler=scheduler,
         steps=steps,
         guidance=f"{guidance_scale:g}" + (f" rescale {guidance_rescale:g}" if guidance_rescale else ""),
-        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        dtype=unet.dtype,
     )
 
 
@@ -91,28 +98,47 @@ def _other_size(pipe: Any, height: int | None, width: int | None) -> str:
     return "" if asked == own else f" at {asked[0]} x {asked[1]}"
 
 
-def _model_digest(unet: Any, text_encoder: Any) -> str:
-    config = {key: value for key, value in dict(unet.config).items() if not key.startswith("_")}
-    adapters = sorted(unet.active_adapters()) if getattr(unet, "peft_config", None) else []
-    weights = [_weights_digest(module) for module in (unet, text_encoder) if isinstance(module, torch.nn.Module)]
+def _model_digest(pipe: Any, unet: _Weights) -> str:
+    config = {key: value for key, value in dict(pipe.unet.config).items() if not key.startswith("_")}
+    adapters = sorted(pipe.unet.active_adapters()) if getattr(pipe.unet, "peft_config", None) else []
+    encoder = [_read_weights(pipe.text_encoder)] if isinstance(pipe.text_encoder, torch.nn.Module) else []
+    weights = [each.digest for each in (unet, *encoder)]
     return _digest({"config": config, "adapters": adapters, "weights": weights})
 
 
-def _weights_digest(module: torch.nn.Module) -> str:
-    """Of entries in float16, so that weights stored in half precision give one digest in float16 and float32.
+def _read_weights(module: Any) -> _Weights:
+    """By entries in float16, so that weights stored in half precision give one digest in float16 and float32.
 
-    Kept until a weight is moved or written to: reading hundreds of tensors costs more than a sampling step should.
+    Kept until a weight is moved or written to: reading hundreds of tensors, and asking diffusers for their dtype, costs
+    more than a sampling step should.
     """
-    parameters = list(module.parameters())
-    if any(weight.device.type == "meta" for weight in parameters):
-        return "unread"  # sequential offload keeps no weights at hand
-    state = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in parameters)
-    known = _weights.get(module)
+    held = _parameters_of(module)
+    if any(weight.is_meta for weight in held):
+        return _Weights("unread", _dtype_of(module))  # sequential offload keeps no weights at hand
+    state = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in held]
+    known = _read.get(module)
     if known is None or known[0] != state:
-        entries = [w.detach().flatten()[:: max(1, w.numel() // _SAMPLED_ENTRIES)].to(torch.float16) for w in parameters]
+        weights = list(module.parameters())
+        entries = [w.detach().flatten()[:: max(1, w.numel() // _SAMPLED_ENTRIES)].to(torch.float16) for w in weights]
         sample = torch.cat(entries).cpu() if entries else torch.empty(0, dtype=torch.float16)
-        _weights[module] = known = (state, hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16])
+        digest = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+        _read[module] = known = (state, _Weights(digest, _dtype_of(module)))
     return known[1]
+
+
+def _dtype_of(module: Any) -> str:
+    return str(module.dtype).removeprefix("torch.")
+
+
+def _parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """As `module.parameters()`, in another order: without names, which take as long as all else that a call checks."""
+    held: list[torch.nn.Parameter] = []
+    modules = [module]
+    while modules:
+        one = modules.pop()
+        held += [weight for weight in one._parameters.values() if weight is not None]
+        modules += [child for child in one._modules.values() if child is not None]
+    return held
 
 
 def _digest(value: Any) -> str:

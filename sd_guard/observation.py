@@ -19,7 +19,7 @@ from sd_guard.statistics.base import Denoiser, StepCall
 from sd_guard.statistics.guidance import cfg_norm
 from sd_guard.statistics.lid import probe_products, trajectory_lid
 from sd_guard.statistics.seed_agreement import OTHER_SEED_LANES, excess_agreement, predict_from_other_seed
-from sd_guard.statistics.sharpness import added_detail, detail, excess_persistence
+from sd_guard.statistics.sharpness import detail_and_added, excess_persistence
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
 
 # name -> (point, lane) of every statistic an observation can hold
@@ -124,11 +124,8 @@ def observe(call: StepCall, prediction_type: PredictionType) -> Observation:
         (B,) values. A UNet that returned NaN or infinity gives values that are not finite.
     """
     with_prompt, without = _predictions(call, prediction_type)
-    values = {
-        "detail": detail(with_prompt.x0_hat),
-        "added_detail": added_detail(with_prompt.x0_hat, without.x0_hat),
-        "cfg_norm": cfg_norm(with_prompt.e_hat, without.e_hat),
-    }
+    own, added = detail_and_added(with_prompt.x0_hat, without.x0_hat)
+    values = {"detail": own, "added_detail": added, "cfg_norm": cfg_norm(with_prompt.e_hat, without.e_hat)}
     lanes = (call.spent,) * call.x.shape[0]
     return Observation(call.step, call.x[0].numel(), values, lanes, x0_hat=with_prompt.x0_hat)
 
@@ -229,5 +226,6 @@ def _agreements(call: StepCall, model: Denoiser, rows: Sequence[int], seeds: ran
 def _predictions(call: StepCall, prediction_type: PredictionType) -> tuple[Prediction, Prediction]:
     """With the prompt, and without."""
     assert call.control is not None
-    conditional, control = (interpret(o, call.x, call.level, prediction_type) for o in (call.conditional, call.control))
-    return conditional, control
+    outputs = torch.stack([call.conditional, call.control])
+    both = interpret(outputs, call.x.expand_as(outputs), call.level, prediction_type)
+    return Prediction(both.e_hat[0], both.x0_hat[0]), Prediction(both.e_hat[1], both.x0_hat[1])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sd_guard.fingerprint import Fingerprint
 from sd_guard.noise import PredictionType
 from sd_guard.snapshots import Generators
 
@@ -38,7 +39,7 @@ class CallInputs:
         guidance_rescale: as given.
         eta: as given.
         encode: prompts to (N, tokens, width) embeddings, as the host would.
-        fingerprint: of this configuration.
+        fingerprint: takes that of this configuration, once.
     """
 
     prompts: list[str] | None
@@ -50,7 +51,7 @@ class CallInputs:
     guidance_rescale: float
     eta: float
     encode: Callable[[Sequence[str]], Tensor]
-    fingerprint: str
+    fingerprint: Callable[[], Fingerprint]
 
     def seed_of(self, row: int) -> int | None:
         """Initial seed of an image's generator; None without one."""

@@ -133,6 +133,7 @@ class Session:
         self.control = interpret(call.control, call.x, call.level, prediction_type(pipe)).x0_hat
         as_much = (2 if self.inputs.guided else 1) * len(pipe.scheduler.timesteps)
         budget = as_much if policy.budget is None else policy.budget
+        self.inputs.fingerprint()  # here, where the GPU is still at work on the step, and is waited for next
 
         def ask(seen: Observation, rows: Sequence[int], question: Question) -> Observation:
             return probe(seen, call, denoiser_of(pipe, watch.seeds), rows, question)
@@ -287,12 +288,14 @@ class Session:
         """One record an image, in the order of the batch."""
         looks = [*self.observations, *self.later]
         table = [(seen, {name: value.tolist() for name, value in seen.values.items()}) for seen in looks]
-        if self.cases:
-            return [self._record(row, case, table) for row, case in enumerate(self.cases)]
         spent = lanes_of(self.observations) or (0,) * images
-        return [self._record(row, Case("unscored", math.nan, 0, 0, lanes=n), table) for row, n in enumerate(spent)]
+        cases = self.cases or [Case("unscored", math.nan, 0, 0, lanes=lanes) for lanes in spent]
+        digest = self.inputs.fingerprint().digest
+        return [self._record(row, case, table, digest) for row, case in enumerate(cases)]
 
-    def _record(self, row: int, case: Case, table: list[tuple[Observation, dict[str, list[float]]]]) -> GuardRecord:
+    def _record(
+        self, row: int, case: Case, table: list[tuple[Observation, dict[str, list[float]]]], digest: str
+    ) -> GuardRecord:
         reason = None
         if case.verdict == "unscored":
             reason = "the UNet's output was not finite" if self.cases else "sampling ended before the deciding step"
@@ -311,6 +314,6 @@ class Session:
             attempts=case.told(self.guard.policy),
             extra_lanes=case.lanes,
             seed=self.inputs.seed_of(row),
-            fingerprint=self.inputs.fingerprint,
+            fingerprint=digest,
             reason=reason,
         )

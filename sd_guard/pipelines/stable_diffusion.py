@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -18,7 +19,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from sd_guard.calibration import Calibration
-from sd_guard.fingerprint import take_fingerprint
+from sd_guard.fingerprint import Fingerprint, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import check_scheduler
 from sd_guard.pipelines.ahead import Ahead, take_turns, texts_of
@@ -245,9 +246,15 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         steps = len(custom) if custom is not None else arguments["num_inference_steps"]
         guidance = {name: arguments[name] for name in ("guidance_scale", "guidance_rescale")}
         size = _size_of(arguments, self.vae_scale_factor)
-        fingerprint = take_fingerprint(self, steps=steps, eta=arguments["eta"], schedule=custom, **size, **guidance)
+
+        @cache
+        def fingerprint() -> Fingerprint:
+            return take_fingerprint(self, steps=steps, eta=arguments["eta"], schedule=custom, **size, **guidance)
+
         if self._calibration is not None:
-            self._calibration.check(fingerprint)
+            self._calibration.check(fingerprint())
+        if take_turns(self.unet, self.text_encoder):
+            fingerprint()  # now that all weights are on one device
         guided = guidance["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
         inputs = CallInputs(
             prompts=_prompts_of(arguments),
@@ -257,7 +264,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             control_is_empty=_is_empty(arguments["negative_prompt"]) and arguments["negative_prompt_embeds"] is None,
             eta=arguments["eta"],
             encode=self._encoder(arguments),
-            fingerprint=fingerprint.digest,
+            fingerprint=fingerprint,
             **guidance,
         )
         return Session(self._guard, inputs)

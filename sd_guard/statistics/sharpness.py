@@ -82,9 +82,20 @@ def added_detail(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
     Returns:
         (B,); -0.7 and less for ordinary prompts early in the trajectory, above -0.2 for premature detail.
     """
-    control = detail(x0_hat_control).clamp(min=FAINTEST_CONTROL)
-    added = detail(x0_hat.float() - x0_hat_control.float()) / (control * FINISHED).sqrt()
-    return added.clamp(min=_NOTHING).log()
+    return detail_and_added(x0_hat, x0_hat_control)[1]
+
+
+def detail_and_added(x0_hat: Tensor, x0_hat_control: Tensor) -> tuple[Tensor, Tensor]:
+    """`detail` of the prediction and `added_detail`, (B,) each, by one reduction: they are taken within sampling.
+
+    Args:
+        x0_hat: (B, C, H, W) conditional prediction.
+        x0_hat_control: (B, C, H, W) the unconditional prediction at the same latent and noise level.
+    """
+    difference = x0_hat.float() - x0_hat_control.float()
+    own, control, added = detail(torch.cat([x0_hat, x0_hat_control, difference])).chunk(3)
+    relative = added / (control.clamp(min=FAINTEST_CONTROL) * FINISHED).sqrt()
+    return own, relative.clamp(min=_NOTHING).log()
 
 
 def resemblance(x0_hat: Tensor, other: Tensor) -> Tensor:
@@ -162,16 +173,15 @@ def persistence(then: Tensor, now: Tensor) -> Tensor:
     Returns:
         (B,) float32 in [-1, 1]; NaN for latents of a single pixel, which have no differences.
     """
-    before, after = (_edges(x.float()) for x in (then, now))
+    pictures = torch.cat([then, now]).float()  # at once, as all that follows: it is taken within sampling
+    before, after = _edges(pictures).chunk(2)
     side = max(2, round(_WINDOW * min(then.shape[-2:])))
     window = [min(side, size) for size in then.shape[-2:]]
-    shared, own, other = (
-        torch.nn.functional.avg_pool2d((a * b).sum(1, keepdim=True), window, stride=1).flatten(1)
-        for a, b in ((before, after), (before, before), (after, after))
-    )
+    products = torch.cat([before * after, before * before, after * after]).sum(1, keepdim=True)
+    shared, own, other = torch.nn.functional.avg_pool2d(products, window, stride=1).flatten(1).chunk(3)
     faint = [_FAINT * energy.mean(1, keepdim=True) + _TINY for energy in (own, other)]
     cosine = shared / ((own + faint[0]) * (other + faint[1])).sqrt()
-    structured = (torch.minimum(detail(then), detail(now)) / PLAIN).clamp(max=1.0)
+    structured = (torch.minimum(*detail(pictures).chunk(2)) / PLAIN).clamp(max=1.0)
     return structured * cosine.topk(-(-cosine.shape[1] // 2), dim=1).values.mean(1).clamp(-1.0, 1.0)
 
 

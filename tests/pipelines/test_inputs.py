@@ -10,7 +10,10 @@ from sd_guard.pipelines.inputs import CallInputs
 
 
 def inputs(generator: Any, seed: int = 0) -> CallInputs:
-    return CallInputs(None, generator, seed, True, True, 7.5, 0.0, 0.0, lambda prompts: torch.zeros(1), "")
+    def nothing(*_: Any) -> Any:
+        raise AssertionError("not asked for")
+
+    return CallInputs(None, generator, seed, True, True, 7.5, 0.0, 0.0, nothing, nothing)
 
 
 def test_seeds() -> None:
