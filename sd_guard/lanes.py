@@ -70,10 +70,11 @@ def call_unet(unet: Unet, x: Tensor, timestep: Tensor | float, conditioning: Con
         conditioning: L rows.
 
     Returns:
-        (L, C, H, W) raw model output in the scheduler's prediction type.
+        (L, C, H, W) raw model output in the scheduler's prediction type, in memory of its own: a CUDA graph writes each
+        output over the last one.
     """
     mask = conditioning.attention_mask
-    return unet(
+    output: Tensor = unet(
         x,
         timestep,
         encoder_hidden_states=conditioning.prompt_embeds,
@@ -83,6 +84,7 @@ def call_unet(unet: Unet, x: Tensor, timestep: Tensor | float, conditioning: Con
         **({} if mask is None else {"encoder_attention_mask": mask}),
         return_dict=False,
     )[0]
+    return output.clone()
 
 
 @torch.no_grad()

@@ -305,7 +305,8 @@ class Escalation:
             return seen
         for index in able:
             cases[index].lanes += question.lanes
-        return probe(seen, resumed.last, denoiser_of(self.pipe, resumed.watch.seeds), able, question)
+        model = denoiser_of(self.pipe, resumed.watch.seeds, rows=resumed.rows)
+        return probe(seen, resumed.last, model, able, question)
 
     def _seed(self, row: int) -> int:
         """Of a mitigation's randomness. Without a generator of its own, what tells an image is its first latent."""

@@ -11,6 +11,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
+from sd_guard.compiled import of_one_shape
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.mitigation import Change
 from sd_guard.noise import PredictionType, interpret, read_level
@@ -126,6 +127,11 @@ class Resumed:
     later: list[Observation] = field(default_factory=list)
     cfg_norms: list[float] = field(default_factory=list)
 
+    @property
+    def rows(self) -> int:
+        """Of a UNet call that looks at them: as many as their own steps have."""
+        return self.lanes.prompt_embeds.shape[0]
+
     def select(self, index: int, walk: Walk) -> Resumed:
         """One of the images by itself, from where it stands.
 
@@ -184,7 +190,7 @@ class Resumed:
         if call.step in self.watch.later_steps:
             self.later.append(look_again(call, kind, predicted_image(self.observations)))
         else:
-            self.last = with_control(call, self.pipe.unet)
+            self.last = with_control(call, of_one_shape(self.pipe.unet, self.rows))
             self.observations.append(observe(self.last, kind))
 
     def _text(self, scale: float | None) -> Conditioning:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd_guard.compiled import no_new_graphs, of_one_shape
 from sd_guard.detection import decide, verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
@@ -89,13 +90,8 @@ class Session:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
                 call = self._read_call(step, timestep, tensors, lanes, self.level)
-                if step in self.watch.later_steps:
-                    tensors = self._look_again(pipe, call, tensors)
-                else:
-                    call = with_control(call, pipe.unet)
-                    self.observations.append(observe(call, prediction_type(pipe)))
-                    if step == self.watch.steps[-1]:
-                        tensors = self._decide(pipe, call, tensors)
+                with no_new_graphs():
+                    tensors = self._look(pipe, call, tensors)
                 if step == self.guard.last_step(count, self.watch.clear):
                     self.snapshots, self.walk, self.escalation = {}, None, None  # the snapshots have served
         if step + 1 == count:
@@ -103,6 +99,16 @@ class Session:
             self._verify(tensors["latents"])
         self._read_level(pipe, step + 1)
         return self._write_texts(tensors, step + 1, count)
+
+    def _look(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Observes a step, and decides where that is its task."""
+        assert self.watch is not None
+        if call.step in self.watch.later_steps:
+            return self._look_again(pipe, call, tensors)
+        rows = tensors["latent_model_input"].shape[0]
+        call = with_control(call, of_one_shape(pipe.unet, rows))
+        self.observations.append(observe(call, prediction_type(pipe)))
+        return self._decide(pipe, call, tensors, rows) if call.step == self.watch.steps[-1] else tensors
 
     def _go_on(self, pipe: Any, tensors: dict[str, Any]) -> Conditioning:
         """Remembers how the loop made this step, for a trajectory to be resumed; returns the step's lanes.
@@ -124,8 +130,11 @@ class Session:
         self.walk = Walk(before.lanes if fewer else lanes, (*before.scales, scale))
         return lanes
 
-    def _decide(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Scores all images, one host synchronisation where none is in doubt, and resolves the flagged ones."""
+    def _decide(self, pipe: Any, call: StepCall, tensors: dict[str, Any], rows: int) -> dict[str, Any]:
+        """Scores all images, one host synchronisation where none is in doubt, and resolves the flagged ones.
+
+        `rows` are those of the step's own UNet call.
+        """
         assert self.watch is not None
         assert call.control is not None
         detector, policy = self.guard.detector, self.guard.policy
@@ -135,8 +144,8 @@ class Session:
         budget = as_much if policy.budget is None else policy.budget
         self.inputs.fingerprint()  # here, where the GPU is still at work on the step, and is waited for next
 
-        def ask(seen: Observation, rows: Sequence[int], question: Question) -> Observation:
-            return probe(seen, call, denoiser_of(pipe, watch.seeds), rows, question)
+        def ask(seen: Observation, doubtful: Sequence[int], question: Question) -> Observation:
+            return probe(seen, call, denoiser_of(pipe, watch.seeds, rows=rows), doubtful, question)
 
         self.observations, scores = decide(detector, self.observations, self.guard.questions, ask)
         for score, spent in zip(scores, lanes_of(self.observations), strict=True):
@@ -268,8 +277,9 @@ class Session:
             timestep=timestep,
             level=level,
             x=tensors["latent_model_input"][:images],
-            conditional=tensors["noise_pred_text" if guided else "noise_pred"],
-            control=tensors["noise_pred_uncond"] if own_control else None,
+            # In memory of their own, as what `call_unet` returns.
+            conditional=tensors["noise_pred_text" if guided else "noise_pred"].clone(),
+            control=tensors["noise_pred_uncond"].clone() if own_control else None,
             lanes=lanes if own_control else control_lanes(lanes, images, self._empty()),
         )
 

@@ -13,6 +13,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
+from sd_guard.compiled import of_one_shape
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.noise import check_scheduler, read_level
 from sd_guard.pipelines.inputs import prediction_type
@@ -63,15 +64,22 @@ def walk(
         yield StepCall(step, timestep, level, *own, spent=0 if guided else 1)
 
 
-def denoiser_of(pipe: Any, seeds: Sequence[int]) -> Denoiser:
-    """The model of a pipeline, for statistics; `seeds` are those of its probe vectors, one an image."""
+def denoiser_of(pipe: Any, seeds: Sequence[int], *, rows: int | None = None) -> Denoiser:
+    """The model of a pipeline, for statistics.
+
+    Args:
+        pipe: a `StableDiffusionPipeline`.
+        seeds: of its probe vectors, one an image.
+        rows: of each call of the UNet, where that is compiled; None for as many as are asked for.
+    """
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
         scaled = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
         return (pipe.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
-    return Denoiser(pipe.unet, prediction_type(pipe), pipe.scheduler.alphas_cumprod, seeds, decode)
+    unet = pipe.unet if rows is None else of_one_shape(pipe.unet, rows)
+    return Denoiser(unet, prediction_type(pipe), pipe.scheduler.alphas_cumprod, seeds, decode)
 
 
 def _initial_latents(pipe: Any, scheduler: Any, generators: list[torch.Generator], embeds: Tensor) -> Tensor:
