@@ -68,10 +68,7 @@ def test_nothing_is_compiled_for_the_guard_whoever_is_in_doubt_or_flagged(
         return scores_of(latents_of(pipe, **call | {"generator": seeded(1, 2, 3)[:count]})[0])
 
     scores = sorted(sample())
-    if in_place:
-        pipe.unet.compile(backend=graphs)
-    else:
-        pipe.unet = torch.compile(pipe.unet, backend=graphs)
+    compiled(pipe, graphs, in_place)
     pipe.disable_guard()
     latents_of(pipe, **call)
     made, pattern = graphs.made, list(graphs.run)
@@ -88,22 +85,46 @@ def test_nothing_is_compiled_for_the_guard_whoever_is_in_doubt_or_flagged(
     assert graphs.run == pattern
 
 
+def compiled(pipe: Any, graphs: Graphs, in_place: bool) -> Any:
+    """The UNet itself, which has been compiled."""
+    unet = pipe.unet
+    if in_place:
+        unet.compile(backend=graphs)
+    else:
+        pipe.unet = torch.compile(unet, backend=graphs)
+    return unet
+
+
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("other_seeds", [0, 2])
 def test_detection_has_calls_of_the_samplers_shape_only(
-    own_parts: dict[str, Any], graphs: Graphs, other_seeds: int
+    own_parts: dict[str, Any], graphs: Graphs, other_seeds: int, in_place: bool
 ) -> None:
     """With a negative prompt, the control is one more."""
     pipe = build(GuardedStableDiffusionPipeline, own_parts)
-    pipe.unet = torch.compile(pipe.unet, backend=graphs)
+    unet = compiled(pipe, graphs, in_place)
     pipe.enable_guard(watching(doubt=EVERYBODY))
     scores = sorted(scores_of(latents_of(pipe)[0]))
     for negative in (None, "grey"):
         pipe.enable_guard(watching(doubt=(scores[1], math.inf), other_seeds=other_seeds))
-        with CountLanes(pipe.unet._orig_mod) as counted:
+        with CountLanes(unet) as counted:
             output, _ = latents_of(pipe, negative_prompt=None if negative is None else [negative] * 3)
         assert {shape[0] for shape in counted.shapes} == {6}
         spent = sum(record.extra_lanes for record in output.records or ())
         assert spent < counted.rows - 6 * len(pipe.scheduler.timesteps)  # what fills a call up is billed to nobody
+
+
+def test_a_single_image_that_is_sampled_again_has_the_samplers_shape_throughout(
+    own_parts: dict[str, Any], graphs: Graphs
+) -> None:
+    pipe = build(GuardedStableDiffusionPipeline, own_parts)
+    unet = compiled(pipe, graphs, False)
+    pipe.enable_guard(watching(-math.inf, doubt=EVERYBODY, other_seeds=2))
+    for negative in (None, "grey"):
+        with CountLanes(unet) as counted:
+            output, _ = latents_of(pipe, prompt="x", negative_prompt=negative, generator=seeded(1))
+        assert [len(record.attempts) for record in output.records] == [1]
+        assert {shape[0] for shape in counted.shapes} == {2}
 
 
 def test_scores_and_images_are_those_of_a_unet_that_is_not_compiled(own_parts: dict[str, Any], graphs: Graphs) -> None:
@@ -121,16 +142,18 @@ def test_scores_and_images_are_those_of_a_unet_that_is_not_compiled(own_parts: d
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 11])
-def test_one_shape_gives_the_rows_that_were_asked_for(parts: dict[str, Any], count: int) -> None:
+def test_one_shape_gives_the_rows_that_were_asked_for(own_parts: dict[str, Any], count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(count, 4, 8, 8, generator=generator)
     lanes = Conditioning(torch.randn(count, 16, 32, generator=generator), attention_mask=torch.ones(count, 16).bool())
-    unet = parts["unet"]
+    unet = own_parts["unet"]
+    expected = evaluate_lanes(unet, x, 500, lanes)
+    assert of_one_shape(unet, 4) is unet
+    unet.forward = Overwrites(unet)
     with CountLanes(unet) as counted:
         found = evaluate_lanes(OneShape(unet, 4), x, 500, lanes)
     assert {shape[0] for shape in counted.shapes} == {4}
-    assert torch.allclose(found, evaluate_lanes(unet, x, 500, lanes), atol=1e-5)
-    assert of_one_shape(unet, 4) is unet
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_the_stance_is_given_back_by_the_last_thread_that_took_it(graphs: Graphs) -> None:
