@@ -119,7 +119,7 @@ def test_a_single_image_that_is_sampled_again_has_the_samplers_shape_throughout(
 ) -> None:
     pipe = build(GuardedStableDiffusionPipeline, own_parts)
     unet = compiled(pipe, graphs, False)
-    pipe.enable_guard(watching(-math.inf, doubt=EVERYBODY, other_seeds=2))
+    pipe.enable_guard(watching(-math.inf, doubt=EVERYBODY, other_seeds=2), budget=1000)
     for negative in (None, "grey"):
         with CountLanes(unet) as counted:
             output, _ = latents_of(pipe, prompt="x", negative_prompt=negative, generator=seeded(1))
