@@ -39,11 +39,14 @@ class CountFlops(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Runs the operation, and counts it."""
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
+        """Runs the operation, and counts it, or those that it is made of: inference mode leaves them together."""
+        given, count = dict(kwargs or {}), flop_registry.get(func.overloadpacket)
+        if count is None:
+            with self:
+                out = func.decompose(*args, **given)
+            return func(*args, **given) if out is NotImplemented else out
+        out = func(*args, **given)
+        self.total += count(*args, **given, out_val=out)
         return out
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -25,7 +23,7 @@ from sd_guard.bench.peers import peers
 from sd_guard.bench.results import provenance, result_line
 from sd_guard.bench.screen import screen
 from sd_guard.bench.settings import BATCHES, BenchSettings, SuiteName
-from sd_guard.screening.loading import first_line
+from sd_guard.screening.loading import check_compiler, first_line
 from sd_guard.screening.settings import Dtype
 
 SUITES: Final[dict[SuiteName, Suite]] = {
@@ -55,10 +53,7 @@ def plan_device(settings: BenchSettings) -> torch.device:
                 f"--device {settings.device or device} cannot be used ({first_line(error)}); use another"
             ) from error
     if settings.compile:
-        there = find_spec("triton") if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
-        if not there:
-            needed = "triton" if device.type == "cuda" else "a C++ compiler (g++ or clang++)"
-            raise ValueError(f"--compile needs {needed}, which is not there; install it, or leave --compile out")
+        check_compiler(device.type)
     return device
 
 

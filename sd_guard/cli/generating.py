@@ -61,6 +61,7 @@ def screen_prompts(
     on_failure: Failure = "blank",
     keep_before: Annotated[bool, typer.Option(help="Also keep the unguarded image of flagged ones.")] = False,
     explain: Annotated[bool, typer.Option(help="Also say which words and places flagged ones rest on.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet, for --depth quick.")] = False,
     resume: Resume = False,
     device: Device = None,
     dtype: Precision = "float32",
@@ -81,7 +82,7 @@ def screen_prompts(
 
     Writes records.parquet, images and report.html, and ends with a table.
     """
-    from sd_guard.screening.loading import load_screener, silence
+    from sd_guard.screening.loading import check_compiler, load_screener, silence
 
     silence()  # before the libraries are imported, which log as they are: a refusal is one line
     from sd_guard.screening.processes import join_processes, wait_until
@@ -113,10 +114,13 @@ def screen_prompts(
             batch_size=BATCH_SIZES[depth] if batch_size is None else batch_size,
             keep_before=keep_before,
             explain=explain,
+            compile=compile,
             fold_duplicates=fold_duplicates,
             skip_bad=skip_bad,
             max_unscored=max_unscored,
         )
+        if compile:
+            check_compiler(device)
         cluster = check_engine(engine, workers=workers, address=ray_address, processes=processes.size)
         check_metrics_file(metrics_file)
         plan = join_run(settings) if processes.rank > 0 else plan_run(settings, resume=resume)

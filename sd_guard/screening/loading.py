@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shutil
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sd_guard.screening.settings import BATCH_SIZES, ModelSettings, RunSettings
@@ -22,21 +24,29 @@ def load_screener(settings: RunSettings) -> Screener:
     A calibration is of one depth: with `auto` it is that of the images.
 
     Raises:
-        ValueError: As `load_pipeline`, or if the calibration is of another configuration.
+        ValueError: As `load_pipeline`, or if the calibration is of another configuration, or there is no compiler.
     """
     from sd_guard.screening.explained import ExplainedScreener
     from sd_guard.screening.screener import AutoScreener, FullScreener
 
     model, quickly = settings.model, settings.depth == "quick"
+    if settings.compile:
+        check_compiler(model.device)
     pipe = load_pipeline(replace(model, calibration=None) if quickly else model)
     full: Screener = FullScreener(pipe, model, keep_before=settings.keep_before)
     if settings.explain:
         full = ExplainedScreener(full, pipe, model)
     if settings.depth == "full":
         return full
+    import torch
+
     from sd_guard.calibration import Calibration
     from sd_guard.screening.quick import QuickScreener
 
+    if quickly:  # no image depends on the UNet: its convolutions may have the layout that they are fastest in
+        pipe.unet.to(memory_format=torch.channels_last)
+    if settings.compile:
+        pipe.unet.compile()
     calibration = Calibration.load(model.calibration) if quickly and model.calibration is not None else None
     quick = QuickScreener.make(pipe, model, calibration=calibration)
     return quick if quickly else AutoScreener(quick, full, BATCH_SIZES["full"])
@@ -94,6 +104,23 @@ def guard_settings(settings: ModelSettings) -> dict[str, Any]:
     if settings.budget is not None:
         arguments["budget"] = settings.budget
     return arguments
+
+
+def check_compiler(device: str | None) -> None:
+    """Whether torch.compile finds what it needs.
+
+    Args:
+        device: as of `ModelSettings`.
+
+    Raises:
+        ValueError: in one line, if not.
+    """
+    import torch
+
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    if not (shutil.which("g++") or shutil.which("clang++") if on_cpu else find_spec("triton")):
+        needed = "a C++ compiler (g++ or clang++)" if on_cpu else "triton"
+        raise ValueError(f"--compile needs {needed}, which is not there; install it, or leave --compile out")
 
 
 def first_line(error: BaseException, *, limit: int = 300) -> str:

@@ -33,6 +33,7 @@ from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
 from sd_guard.observation import STATISTICS, Observation, Question, add_probed, mean_agreement, observe
+from sd_guard.pipelines.ahead import take_turns
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.policy import Outcome
 from sd_guard.screening.encoding import Texts, encoding
@@ -114,6 +115,7 @@ class QuickScreener:
         scheduler: A copy of the pipeline's, on the schedule of full depth.
         first: The first step.
         observed: The observed ones, ascending.
+        other_places: Where other seeds begin, and where they are looked at.
         noise_shape: C, H, W of a latent.
         batch_size: Lanes of a UNet call, >= 1.
         empty: (1, tokens, width) embedding of the empty prompt.
@@ -128,6 +130,7 @@ class QuickScreener:
     scheduler: Any
     first: Place
     observed: Sequence[Place]
+    other_places: tuple[Place, Place]
     noise_shape: tuple[int, int, int]
     batch_size: int
     empty: Tensor
@@ -171,10 +174,14 @@ class QuickScreener:
             Place(step, timesteps[step], read_level(scheduler, timesteps[step]))
             for step in (0, *guard.steps(len(timesteps), clear))
         )
+        begin, seen = (
+            Place(-1, torch.tensor(timestep, device=pipe._execution_device), level)
+            for timestep, level in other_places(scheduler.alphas_cumprod)
+        )
         with torch.no_grad():
             empty = pipe.encode_prompt([""], pipe._execution_device, 1, False)[0]
         shape = (pipe.unet.config.in_channels, *_latent_size(pipe, model))
-        return cls(pipe, guard, fingerprint, scheduler, first, observed, shape, batch_size, empty)
+        return cls(pipe, guard, fingerprint, scheduler, first, observed, (begin, seen), shape, batch_size, empty)
 
     @property
     def threshold(self) -> float | None:
@@ -193,9 +200,14 @@ class QuickScreener:
                 row["outcome"] = FLAGGED
         return Screened(rows)
 
-    @torch.no_grad()
     def measure(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[GuardRecord]:
         """Scores N prompts, each at a seed in [0, 2**63); the outcome of a flagged one is `kept`."""
+        # Weights that accelerate moved in inference mode could never be differentiated through again.
+        moved = take_turns(self.pipe.unet, self.pipe.text_encoder)
+        with torch.no_grad() if moved else torch.inference_mode():
+            return self._measure(prompts, seeds)
+
+    def _measure(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[GuardRecord]:
         if not self.ground:
             self.ground.update(self._measure_ground())
         seeds_once = {seed: place for place, seed in enumerate(dict.fromkeys(seeds))}
@@ -253,7 +265,7 @@ class QuickScreener:
         outputs = [self._evaluate(x, place, texts) for x, place in zip(inputs, self.observed, strict=True)]
         x = inputs[-1]
         lid = self._lid(x, outputs[-1], texts, seeds) if self.guard.probes else x.new_zeros(len(seeds))
-        first, seen = self._other_places()
+        first, seen = self.other_places
         others = [
             self._step_down(other_noise(self._probe_seeds(seeds), x, number), first, [seen])[0]
             for number in range(self.guard.other_seeds)
@@ -276,14 +288,6 @@ class QuickScreener:
         output = self._evaluate(x, place, self.empty.expand(len(x), -1, -1))
         ahead = interpret(output, x, place.level, prediction_type(self.pipe))
         return [step_down(ahead, lower.level).to(x) for lower in to]
-
-    def _other_places(self) -> tuple[Place, Place]:
-        """Where other seeds begin, and where they are looked at."""
-        first, seen = (
-            Place(-1, torch.tensor(timestep, device=self.empty.device), level)
-            for timestep, level in other_places(self.scheduler.alphas_cumprod)
-        )
-        return first, seen
 
     def _probe_seeds(self, seeds: Sequence[int]) -> list[int]:
         """Of probes and other seeds: as `CallInputs.probe_seed_of` mixes them."""
@@ -329,7 +333,7 @@ class QuickScreener:
 
     def _agreements(self, call: StepCall, others: Tensor, texts: Tensor, index: Tensor) -> Tensor:
         """(K, N) excess agreement with each of K other seeds, whose UNet inputs are (N, K, C, H, W)."""
-        kind, seen = prediction_type(self.pipe), self._other_places()[1]
+        kind, seen = prediction_type(self.pipe), self.other_places[1]
         assert call.control is not None
         with_prompt, without = (
             interpret(output[index], call.x[index], call.level, kind).x0_hat

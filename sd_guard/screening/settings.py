@@ -115,6 +115,7 @@ class RunSettings:
         batch_size: Images a batch, >= 1; a resumed run may change it.
         keep_before: Also keep the unguarded image of every flagged one.
         explain: Also say of every flagged image which words and places it rests on.
+        compile: Compile the UNet, at depth `quick`, where all its calls have one shape; a resumed run may change it.
         fold_duplicates: Screen prompts once that are equal after Unicode normalisation and case folding.
         skip_bad: Leave rows out that cannot be used, instead of refusing the list.
         max_unscored: Share of images, in [0, 1], beyond which a run whose images cannot be scored is stopped.
@@ -133,6 +134,7 @@ class RunSettings:
     batch_size: int = 16
     keep_before: bool = False
     explain: bool = False
+    compile: bool = False
     fold_duplicates: bool = False
     skip_bad: bool = False
     max_unscored: float = 0.5
@@ -147,6 +149,8 @@ class RunSettings:
             raise ValueError(f"--max-unscored is {self.max_unscored}; use a share from 0 to 1")
         if self.keep_before and self.depth == "quick":
             raise ValueError("--keep-before: --depth quick makes no images; use --depth full or auto")
+        if self.compile and self.depth != "quick":
+            raise ValueError(f"--compile: at --depth {self.depth} calls have many shapes; use --depth quick")
         if self.explain:
             self._check_explain()
 

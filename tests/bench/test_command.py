@@ -13,6 +13,7 @@ from sd_guard.bench import run
 from sd_guard.bench.results import revision
 from sd_guard.bench.settings import BATCHES
 from sd_guard.cli import main
+from sd_guard.screening import loading
 
 OVERHEAD = ["bench", "--suite", "overhead"]
 BAD = [
@@ -50,7 +51,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
 
 def test_what_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(run.shutil, "which", lambda _: None)
+    monkeypatch.setattr(loading.shutil, "which", lambda _: None)
     for arguments, message in (
         (["--arch", "sd21"], "--arch sd21 is for a CUDA device"),
         (["--compile"], "--compile needs a C++ compiler"),

@@ -9,6 +9,7 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 from screening.fakes import Pretender
+from tiny import the_error
 
 from benchmarks.null_runs import NullScreener, null_settings
 from sd_guard.cli import main
@@ -143,3 +144,17 @@ def test_a_missing_extra_is_named(
     assert main(command(*options)) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "run").exists()
+
+
+def test_compiling_is_for_quick_depth_and_needs_a_compiler(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command("--compile")) == 2
+    assert "--compile: at --depth full calls have many shapes; use --depth quick" in the_error(capsys)
+    monkeypatch.setattr(loading.shutil, "which", lambda _: None)
+    assert main(command("--compile", "--depth", "quick", "--device", "cpu")) == 2
+    assert "--compile needs a C++ compiler" in the_error(capsys)
+    assert not (folder / "run").exists()
+    monkeypatch.setattr(loading.shutil, "which", lambda _: "/usr/bin/g++")
+    assert main(command("--compile", "--depth", "quick", "--device", "cpu")) == 0
+    assert main(command("--depth", "quick", "--device", "cpu", "--resume")) == 0  # it decides no record

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import SCHEDULERS, CountLanes, build, components
+from torch._dynamo.testing import CompileCounter
 
 from sd_guard.bench.base import EVERYBODY, NOBODY
 from sd_guard.calibration import Calibrator
@@ -25,8 +28,9 @@ from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.reference import checkpoint_path, load_truth
 from sd_guard.screening.calibrating import score_prompts
 from sd_guard.screening.jobs import Job
+from sd_guard.screening.loading import load_screener
 from sd_guard.screening.quick import FLAGGED, GROUND_SEEDS, KEPT_SEEDS, QuickScreener
-from sd_guard.screening.settings import ModelSettings
+from sd_guard.screening.settings import ModelSettings, RunSettings
 from sd_guard.statistics.seed_agreement import excess_agreement, other_noise, other_places, step_down
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL
 
@@ -280,3 +284,50 @@ def test_the_default_tells_memorized_prompts_of_the_bundled_checkpoint() -> None
     assert auroc(np.array([record.score for record in records]), memorized) > 0.99
     assert flagged[memorized].mean() > 0.9
     assert flagged[~memorized].mean() < 0.1
+
+
+def test_a_compiled_unet_has_one_graph_whoever_is_in_doubt() -> None:
+    torch._dynamo.reset()
+    counter, pipe = CompileCounter(), build(GuardedStableDiffusionPipeline, components())
+    pipe.unet.compile(backend=counter)
+    for doubtful, seeds in ((NOBODY, [0]), (EVERYBODY, [1, 2])):
+        screener = QuickScreener.make(pipe, MODEL, batch_size=4, guard=guard(doubtful, other_seeds=2))
+        screener.measure(PROMPTS, (seeds * len(PROMPTS))[: len(PROMPTS)])
+        screener.measure(PROMPTS[:3], [3] * 3)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_weights_can_be_differentiated_through_afterwards(offloaded: bool) -> None:
+    """In inference mode nothing is kept for that; weights that are moved by turns would stay so."""
+    pipe = build(GuardedStableDiffusionPipeline, components())
+    if offloaded:
+        cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    QuickScreener.make(pipe, MODEL, batch_size=4, guard=guard(EVERYBODY, other_seeds=1)).measure(PROMPTS, [0] * 6)
+    x = torch.zeros(1, 4, 8, 8, requires_grad=True)
+    pipe.unet(x, 500, torch.zeros(1, 16, 32)).sample.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_quick_depth_loads_a_unet_in_the_layout_of_convolutions(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counter, compile_module = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=counter))
+    jobs = [Job(index, prompt, "-", 0) for index, prompt in enumerate(PROMPTS)]
+    found = {}
+    for depth in ("quick", "full"):
+        model = ModelSettings(model=str(checkpoint_path()), steps=8, device="cpu")
+        own = compiled and depth == "quick"
+        settings = RunSettings(prompts="-", out=tmp_path / "run", model=model, depth=depth, compile=own)
+        screener = load_screener(settings)
+        weight = screener.pipe.unet.conv_in.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (depth == "quick")
+        found[depth] = screener
+    plain = QuickScreener.make(found["full"].pipe, MODEL)
+    scores = [row["score"] for row in found["quick"].screen(jobs).rows]
+    expected = [row["score"] for row in plain.screen(jobs).rows]
+    assert scores == pytest.approx(expected, abs=1e-3)
+    assert counter.frame_count == compiled
