@@ -2,9 +2,10 @@
 
 The parts run in the order of what they are worth, each in a process of its own and no longer than `PARTS` says; one
 that is ended keeps the results that it has. `FOLDER/gpu.jsonl` has a line a result, `FOLDER/PART.txt` what a part
-printed. `--smoke` goes through the benchmarks on the CPU, with little of each. Needs nothing but what `sd_guard`
-imports, and for the tests pytest and hypothesis; of the tree neither the folders of `benchmarks/reference/` nor
-`benchmarks/results/`: remove these from a copy that has to be small.
+printed; it ends with the figures that are asked for (`benchmarks.gpu_table`). `--smoke` goes through the benchmarks on
+the CPU, with little of each. Needs nothing but what `sd_guard` imports, and for the tests pytest and hypothesis; of the
+tree neither the folders of `benchmarks/reference/` nor `benchmarks/results/`: remove these from a copy that has to be
+small.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.gpu_table import read_lines, table
+
 ROOT = Path(__file__).parents[1]
 TESTS, MEMORY = "tests", "memory"
 PARTS = {  # s
-    "overhead": 300,
+    "overhead": 400,
     "screen": 150,
     "peers": 120,
     "waits": 60,
@@ -34,10 +37,10 @@ PARTS = {  # s
 FULL = ("--arch", "sd15", "--dtype", "bfloat16", "--repeats", "3", "--warmup", "1")
 SMOKE = ("--device", "cpu", "--batch", "1", "--steps", "4", "--repeats", "1", "--warmup", "0")
 OPTIONS = {
-    "overhead": ("--suite", "overhead", *FULL, "--compile"),
+    "overhead": ("--suite", "overhead", *FULL, "--compile", "--kernel", "sdpa,absent,compiled"),
     "screen": ("--suite", "screen", *FULL, "--compile", "--batch", "64"),
     "peers": ("--suite", "peers", *FULL),
-    "waits": ("--suite", "overhead", *FULL, "--batch", "4", "--steps", "20", "--repeats", "1"),
+    "waits": ("--suite", "overhead", *FULL, "--kernel", "sdpa", "--batch", "4", "--steps", "20", "--repeats", "1"),
     "trace": ("--suite", "trace", "--arch", "sd15", "--repeats", "1", "--warmup", "1"),
     "mitigation": ("--suite", "mitigation", *FULL, "--batch", "1"),
 }
@@ -127,6 +130,8 @@ def main() -> None:
         name_revision(out / "gpu.jsonl", args.revision)
         undone += how != "done"
         print(f"{part}: {how} ({time.monotonic() - started:.0f} s)", flush=True)
+    if (out / "gpu.jsonl").is_file():
+        print(table(read_lines(out / "gpu.jsonl")))
     sys.exit(1 if undone else 0)
 
 

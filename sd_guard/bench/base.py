@@ -67,6 +67,12 @@ class Bench:
 Suite: TypeAlias = Callable[[Bench], Iterator[Sequence[Case]]]  # a group's first case is what the others are held to
 
 
+def compile_anew(unet: Any) -> Any:
+    """The UNet, compiled, with no graph of another batch size at hand: torch would make one for any number of rows."""
+    torch.compiler.reset()
+    return torch.compile(getattr(unet, "_orig_mod", unet))
+
+
 def unmeasurable(name: str, pipe: Any, reason: str) -> Case:
     """A case that fails, so that its line says why."""
 

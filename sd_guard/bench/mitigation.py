@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-import torch
-
-from sd_guard.bench.base import NOBODY, Bench, Case
+from sd_guard.bench.base import NOBODY, Bench, Case, compile_anew
 from sd_guard.guard import Guard
 from sd_guard.mitigation import MITIGATIONS, Mitigation
 from sd_guard.policy import Policy
@@ -33,7 +31,7 @@ class TakeAnything(Policy):
 def mitigation(bench: Bench) -> Iterator[Sequence[Case]]:
     """Flagged and not mitigated, then each mitigation by itself; `attempts` is 0 where one had nothing to propose."""
     if bench.settings.compile:
-        bench.pipe.unet = torch.compile(getattr(bench.pipe.unet, "_orig_mod", bench.pipe.unet))
+        bench.pipe.unet = compile_anew(bench.pipe.unet)
     plans: dict[str, tuple[Mitigation, ...]] = {"none": ()}
     plans |= {name: (kind(),) for name, kind in MITIGATIONS.items()}
     yield [Case(name=name, pipe=bench.pipe, run=partial(_mitigate, bench, plan)) for name, plan in plans.items()]

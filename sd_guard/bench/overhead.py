@@ -1,16 +1,21 @@
-"""The suite `overhead`: guarded calls over unguarded ones with nothing flagged, by attention kernel."""
+"""The suite `overhead`: guarded calls over unguarded ones with nothing flagged, by kernel.
+
+By the kernels of attention, by compiled ones, and with a UNet that answers at once: what the guard adds to that is what
+it costs beside its lanes.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
-import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, unmeasurable
+from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, compile_anew, unmeasurable
+from sd_guard.bench.settings import Kernel
 from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.screening.loading import first_line
@@ -34,40 +39,59 @@ def _xformers(unet: Any) -> Any:
 
 
 def _compiled(unet: Any) -> Any:
-    return torch.compile(_sdpa(unet))
+    return compile_anew(_sdpa(unet))
 
 
-KERNELS: Final[dict[str, Callable[[Any], Any]]] = {
+def _absent(unet: Any) -> Any:
+    """Answers with its input, at once: what is left of a call is the host's own time, and the decoder's."""
+    shallow = copy.copy(unet)
+    shallow.forward = lambda x, *_, **__: (x,)
+    return shallow
+
+
+KERNELS: Final[dict[Kernel, Callable[[Any], Any]]] = {
     "matmul": _matmul,
     "sdpa": _sdpa,
     "xformers": _xformers,
     "compiled": _compiled,
+    "absent": _absent,
+}
+# All with nothing flagged: no image in doubt; each with one probe, at one step; each in doubt to the end, the most.
+GUARDS: Final = {
+    "none in doubt": Guard(detector=NOBODY),
+    "all probed once": Guard(detector=EVERYBODY, probes=1, other_seeds=0),
+    "all in doubt": Guard(detector=EVERYBODY),
 }
 
 
 def overhead(bench: Bench) -> Iterator[Sequence[Case]]:
-    """A group a kernel: unguarded, guarded with no image in doubt, and with every image in doubt, which is the most."""
-    left_out = {"xformers"} if bench.device.type == "cpu" else set[str]()
-    if not bench.settings.compile:
-        left_out.add("compiled")
+    """A group a kernel: unguarded, and guarded in the ways of `GUARDS`."""
     parts = dict(bench.pipe.components)
-    for kernel, prepare in KERNELS.items():
-        if kernel in left_out:
-            continue
+    for kernel in _kernels(bench):
         try:
-            parts["unet"] = prepare(bench.pipe.unet)
+            parts["unet"] = KERNELS[kernel](bench.pipe.unet)
         except (ImportError, ValueError) as error:  # xformers is not installed, or does not know this GPU
             yield [unmeasurable(kernel, bench.pipe, first_line(error))]
             continue
         plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         plain.set_progress_bar_config(disable=True)
         cases = [Case(name=f"{kernel}, unguarded", pipe=plain, run=partial(_sample, plain, bench))]
-        for name, detector in (("none in doubt", NOBODY), ("all in doubt", EVERYBODY)):
+        for name, guard in GUARDS.items():
             pipe = GuardedStableDiffusionPipeline(**parts, requires_safety_checker=False)
             pipe.set_progress_bar_config(disable=True)
-            pipe.enable_guard(Guard(detector=detector))
+            pipe.enable_guard(guard)
             cases.append(Case(name=f"{kernel}, guarded, {name}", pipe=pipe, run=partial(_sample, pipe, bench)))
         yield cases
+
+
+def _kernels(bench: Bench) -> list[Kernel]:
+    """Those that were asked for, or all that can be measured."""
+    if bench.settings.kernels is not None:
+        return list(bench.settings.kernels)
+    left_out = {"xformers"} if bench.device.type == "cpu" else set[str]()
+    if not bench.settings.compile:
+        left_out.add("compiled")
+    return [kernel for kernel in KERNELS if kernel not in left_out]
 
 
 def _sample(pipe: Any, bench: Bench) -> None:

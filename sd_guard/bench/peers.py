@@ -23,6 +23,7 @@ from sd_guard.reference import checkpoint_path
 from sd_guard.screening.quick import QUICK, QuickScreener
 from sd_guard.screening.settings import ModelSettings
 from sd_guard.statistics import lid
+from sd_guard.statistics.dimension import TrajectoryLid
 from sd_guard.statistics.flipd_curve import predict_at
 from sd_guard.statistics.guidance import CfgNorm
 from sd_guard.statistics.hessian import HessianScoreNorm
@@ -39,6 +40,7 @@ def peers(bench: Bench) -> Iterator[Sequence[Case]]:
     runs: dict[str, tuple[Any, Callable[[], object]]] = {
         "unguarded image": (bench.pipe, lambda: bench.pipe(**bench.call())),
         "guard, quick depth": (bench.pipe, quick_depth(bench)),
+        "guard, trajectory LID, 1 probe": (bench.pipe, probe_once(bench)),
         "guard, first decision, all in doubt": (bench.pipe, partial(first_decision, bench, 1)),
         f"guard, first decision, all in doubt, {IMAGES} images": (bench.pipe, partial(first_decision, bench, IMAGES)),
         f"wen, first step, {IMAGES} images": (bench.pipe, partial(wen, bench, 1)),
@@ -60,6 +62,12 @@ def quick_depth(bench: Bench) -> Callable[[], object]:
     screener = QuickScreener.make(bench.pipe, model, batch_size=1, guard=QUICK)
     screener.measure(prompts(1), [0])
     return lambda: screener.measure(prompts(1), [0])
+
+
+def probe_once(bench: Bench) -> Callable[[], object]:
+    """The trajectory LID with the prompt, on top of a step that the sampler has made."""
+    call = next(walk(bench.pipe, prompts(1), [0], steps=bench.settings.steps))
+    return partial(TrajectoryLid(probes=1).measure, call, denoiser_of(bench.pipe, [0]))
 
 
 def first_decision(bench: Bench, images: int) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, prompts
+from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, compile_anew, prompts
 from sd_guard.bench.measuring import counted
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.reference import checkpoint_path
@@ -22,8 +22,9 @@ def screen(bench: Bench) -> Iterator[Sequence[Case]]:
 
     `prompts` over `seconds` is the throughput. `flops` are the UNet's: prompts are encoded on another thread.
     """
+    bench.pipe.unet.to(memory_format=torch.channels_last)  # as `sd-guard screen` loads it for quick depth
     if bench.settings.compile:
-        bench.pipe.unet = torch.compile(getattr(bench.pipe.unet, "_orig_mod", bench.pipe.unet))
+        bench.pipe.unet = compile_anew(bench.pipe.unet)
     texts = prompts(bench.batch)
     # Of the model settings only those of sampling are read: the pipeline is there.
     model = ModelSettings(model=str(checkpoint_path()), steps=bench.settings.steps, dtype=bench.dtype)
@@ -51,6 +52,7 @@ def _bare(bench: Bench, screener: QuickScreener, calls: int) -> Any:
     lanes = Conditioning(screener.empty.expand(bench.batch, -1, -1))
     timestep = screener.observed[-1].timestep
 
+    @torch.inference_mode()
     def run() -> Mapping[str, Any]:
         for _ in range(calls):
             evaluate_lanes(bench.pipe.unet, x, timestep, lanes)

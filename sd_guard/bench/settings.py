@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, cast, get_args
@@ -10,6 +11,7 @@ from typing import Final, Literal, TypeAlias, cast, get_args
 from sd_guard.screening.settings import Dtype
 
 SuiteName: TypeAlias = Literal["overhead", "trace", "screen", "mitigation", "peers"]
+Kernel: TypeAlias = Literal["matmul", "sdpa", "xformers", "compiled", "absent"]
 Arch: TypeAlias = Literal["reference", "sd15", "sd21"]
 BATCHES: Final[dict[SuiteName, tuple[int, ...]]] = {
     "overhead": (1, 4, 16),
@@ -32,6 +34,8 @@ class BenchSettings:
         dtypes: Of the weights, measured one after the other; None for float16 on a GPU, float32 on the CPU, and all
             three in the suite `trace`.
         batches: Images (in the suite `screen`: prompts) a batch, >= 1, one after the other; None for the suite's own.
+        kernels: What the suite `overhead` measures with, no UNet at all (`absent`) among them; None for all that there
+            are, `compiled` only with `compile`.
         compile: Also with a compiled UNet (`overhead`), or with one only (`screen`, `mitigation`).
         steps: Sampling steps, >= 2.
         repeats: Timed runs of a case, >= 1.
@@ -48,6 +52,7 @@ class BenchSettings:
     arch: Arch = "reference"
     dtypes: tuple[Dtype, ...] | None = None
     batches: tuple[int, ...] | None = None
+    kernels: tuple[Kernel, ...] | None = None
     compile: bool = False
     steps: int = 50
     repeats: int = 10
@@ -69,6 +74,10 @@ class BenchSettings:
             raise ValueError("--batch: the suite peers looks at one prompt at a time; leave it out")
         if self.compile and self.suite in _DIFFERENTIATED:
             raise ValueError(f"--compile: the suite {self.suite} differentiates through the UNet; leave it out")
+        if self.kernels is not None and self.suite != "overhead":
+            raise ValueError(f"--kernel: the suite {self.suite} has its own; leave it out")
+        if "compiled" in (self.kernels or ()) and not self.compile:
+            raise ValueError("--kernel compiled: needs --compile")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"--device is {self.device!r}; use cpu, cuda or cuda:N")
         if self.device == "cpu":
@@ -108,9 +117,22 @@ def read_dtypes(text: str | None) -> tuple[Dtype, ...] | None:
     Raises:
         ValueError: One is unknown.
     """
+    return cast("tuple[Dtype, ...] | None", _read_names("--dtype", text, get_args(Dtype)))
+
+
+def read_kernels(text: str | None) -> tuple[Kernel, ...] | None:
+    """Kernels of `sdpa,compiled`; None for None.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    return cast("tuple[Kernel, ...] | None", _read_names("--kernel", text, get_args(Kernel)))
+
+
+def _read_names(option: str, text: str | None, known: Sequence[str]) -> tuple[str, ...] | None:
     if text is None:
         return None
     names = tuple(name.strip() for name in text.split(","))
-    if unknown := [name for name in names if name not in get_args(Dtype)]:
-        raise ValueError(f"--dtype is {unknown[0]!r}; use one or more of {', '.join(get_args(Dtype))}, with commas")
-    return cast("tuple[Dtype, ...]", names)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{option} is {unknown[0]!r}; use one or more of {', '.join(known)}, with commas")
+    return names

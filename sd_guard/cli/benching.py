@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sd_guard.bench.settings import Arch, BenchSettings, SuiteName, read_batches, read_dtypes
+from sd_guard.bench.settings import Arch, BenchSettings, SuiteName, read_batches, read_dtypes, read_kernels
 from sd_guard.cli.options import BAD_ARGUMENTS, FAILED, INTERRUPTED, Steps, fail, one_line
 
 
@@ -19,6 +19,10 @@ def bench(
         str | None, typer.Option(help="Of the weights, with commas.  [default: float16; trace: all; CPU: float32]")
     ] = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes, with commas.  [default: the suite's]")] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(help="overhead: of matmul,sdpa,xformers,compiled,absent, with commas.  [default: all]"),
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet; overhead: also.")] = False,
     steps: Steps = 50,
     repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 10,
@@ -37,6 +41,7 @@ def bench(
             arch=arch,
             dtypes=read_dtypes(dtype),
             batches=read_batches(batch),
+            kernels=read_kernels(kernel),
             compile=compile,
             steps=steps,
             repeats=repeats,

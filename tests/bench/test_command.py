@@ -29,6 +29,9 @@ BAD = [
     ([*OVERHEAD, "--device", "tpu"], "--device is 'tpu'"),
     ([*OVERHEAD, "--out", "none/x.jsonl"], "--out none/x.jsonl: is a folder, or in none that is there"),
     ([*OVERHEAD, "--profile", "none"], "--profile none: no such folder"),
+    (["bench", "--suite", "trace", "--kernel", "sdpa"], "--kernel: the suite trace has its own"),
+    ([*OVERHEAD, "--kernel", "sdpa,flash"], "--kernel is 'flash'; use one or more of matmul, sdpa"),
+    ([*OVERHEAD, "--kernel", "compiled"], "--kernel compiled: needs --compile"),
     (["bench", "--suite", "trace", "--compile"], "--compile: the suite trace differentiates"),
     (["bench", "--suite", "peers", "--batch", "2"], "--batch: the suite peers looks at one prompt"),
 ]
@@ -78,7 +81,7 @@ def test_the_smoke_run_on_the_bundled_model(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out.splitlines()
     assert ['{"earlier": 1}', *shown] == out.read_text().splitlines()
     lines = [json.loads(line) for line in shown]
-    assert [line["case"].split(",")[0] for line in lines] == ["matmul"] * 3 + ["sdpa"] * 3
+    assert [line["case"].split(",")[0] for line in lines] == ["matmul"] * 4 + ["sdpa"] * 4 + ["absent"] * 4
     for line in lines:
         lower, upper = line["seconds_quartiles"]
         assert 0 < lower <= line["seconds"] <= upper

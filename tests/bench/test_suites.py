@@ -25,16 +25,25 @@ PROBES = Guard().lanes_in_doubt  # lanes of an image in doubt
 
 def test_overhead_of_nothing_flagged_is_the_probes_of_images_in_doubt(measure: Measure) -> None:
     lines = measure("overhead", steps=STEPS, batches=(2,))
+    names = ("unguarded", "guarded, none in doubt", "guarded, all probed once", "guarded, all in doubt")
     for kernel in ("matmul", "sdpa"):
-        cases = [f"{kernel}, {name}" for name in ("unguarded", "guarded, none in doubt", "guarded, all in doubt")]
-        plain, none, every = (lines.pop(case) for case in cases)
+        plain, none, once, every = (lines.pop(f"{kernel}, {name}") for name in names)
         assert plain["lanes"] == none["lanes"] == 2 * STEPS * 2
+        assert once["lanes"] == plain["lanes"] + 2 * 2
         assert every["lanes"] == plain["lanes"] + PROBES * 2
-        assert plain["flops"] == none["flops"] < every["flops"]
+        assert plain["flops"] == none["flops"] < once["flops"] < every["flops"]
         assert every["baseline"] == plain["case"]
         assert every["ratio"] == every["seconds"] / plain["seconds"]
-        assert plain["failed"] is none["failed"] is every["failed"] is None
+        assert plain["failed"] is none["failed"] is once["failed"] is every["failed"] is None
+    absent = [lines.pop(f"absent, {name}") for name in names]
+    assert {(line["lanes"] >= 2 * STEPS * 2, line["failed"]) for line in absent} == {(True, None)}
+    assert absent[0]["flops"] < plain["flops"] / 2
     assert not lines
+
+
+def test_only_the_kernels_that_are_asked_for_are_measured(measure: Measure) -> None:
+    lines = measure("overhead", steps=STEPS, batches=(1,), kernels=("absent",))
+    assert {case.partition(",")[0] for case in lines} == {"absent"}
 
 
 def test_a_kernel_that_is_not_installed_is_a_line_that_says_so(
@@ -102,6 +111,7 @@ def test_peers_cost_what_their_papers_say(measure: Measure) -> None:
     assert {case: line["lanes"] for case, line in lines.items()} == {
         "unguarded image": 2 * STEPS,
         "guard, quick depth": 1,
+        "guard, trajectory LID, 1 probe": 1,
         "guard, first decision, all in doubt": 2 + PROBES,
         "guard, first decision, all in doubt, 4 images": 4 * (2 + PROBES),
         "wen, first step, 4 images": 4 * 2,

@@ -138,12 +138,19 @@ def compile_unet(pipe: Any) -> None:
     pipe.unet = torch.compile(pipe.unet)
 
 
+def record_graphs(pipe: Any) -> None:
+    """CUDA graphs: each output is written over the last one."""
+    pytest.importorskip("triton")
+    pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("change", [use_xformers, compile_unet])
+@pytest.mark.parametrize("change", [use_xformers, compile_unet, record_graphs])
 def test_other_kernels_change_no_verdict_and_the_guard_no_image_with_them(change: Callable[[Any], None]) -> None:
     pipe = on("cuda", "float16")
     pipe.enable_guard(Guard(detector=EVERYBODY))
     without = sample(pipe)
+    torch.compiler.reset()
     change(pipe)
     watched = sample(pipe)
     pipe.disable_guard()
