@@ -62,11 +62,10 @@ Known = dict[tuple[str, str, int], Line]
 def _overhead(known: Known) -> Iterator[Figure]:
     for kernel in ("sdpa", "compiled"):
         for batch in (1, 4, 16):
+            name = f"{kernel}, batch {batch}"
             plain, none, once = (_of(known, "overhead", f"{kernel}, {case}", batch) for case in (PLAIN, NONE, ONCE))
-            yield Figure(
-                f"{kernel}, batch {batch}: all probed once, over unguarded", _get(once, "ratio"), 1.025, True, 4
-            )
-            yield Figure(f"{kernel}, batch {batch}: none in doubt, over unguarded", _get(none, "ratio"), 1.003, True, 4)
+            yield Figure(f"{name}: all probed once, over unguarded", _get(once, "ratio"), 1.025, True, 4)
+            yield Figure(f"{name}: none in doubt, over unguarded", _get(none, "ratio"), 1.003, True, 4)
             absent = [_of(known, "overhead", f"absent, {case}", batch) for case in (PLAIN, NONE)]
             own = _combine(lambda a, b, whole: (b - a) / whole, *(_get(line, "seconds") for line in (*absent, plain)))
             yield Figure(f"{name}: the guard's own time without a UNet, share", own, 0.003, True, 4)
@@ -126,9 +125,8 @@ def table(lines: Sequence[Line]) -> str:
     where = lines[-1]["provenance"] if lines else {"device": "nothing", "versions": {}, "git": "unknown"}
     arch = ", ".join(sorted({f"{line['arch']} in {line['dtype']}" for line in lines}))
     head = f"{where['device']}; torch {where['versions'].get('torch')}; {arch}; revision {where['git']}"
-    return "\n".join(
-        [head, "", "| figure | measured | asked | met |", "|---|---|---|---|"] + [f.row for f in figures(lines)]
-    )
+    rows = [figure.row for figure in figures(lines)]
+    return "\n".join([head, "", "| figure | measured | asked | met |", "|---|---|---|---|", *rows])
 
 
 def main() -> None:
