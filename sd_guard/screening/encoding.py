@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from sd_guard.pipelines.ahead import take_turns
+
+_KEPT: Final = 2  # of the batches that were expected: the one that is screened now, and the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,33 +37,54 @@ class Texts:
         ready = torch.cat([part.result() for part in self.parts[: max(wanted) // self.size + 1]])
         return ready[torch.tensor(wanted, device=self.device)]
 
+    def cancel(self) -> None:
+        """Leaves undone what was not begun."""
+        for part in self.parts:
+            part.cancel()
 
-@contextmanager
-def encoding(pipe: Any, prompts: Sequence[str], *, size: int, device: torch.device) -> Generator[Texts]:
-    """While entered, encodes on another thread; the same prompt once, in calls of one shape.
 
-    A pipeline whose parts are moved to the device by turns has one at work at a time: there it encodes all of them
-    first.
+@dataclass(slots=True)
+class Encoder:
+    """Encodes prompts on a thread of its own, in the order in which they are asked for.
 
-    Args:
+    The same prompt of a batch once, in calls of one shape. A pipeline whose parts are moved to the device by turns has
+    one at work at a time: there all prompts of a batch are encoded first.
+
+    Attributes:
         pipe: a pipeline.
-        prompts: at least one.
-        size: prompts a call of the text encoder; the last call is filled up.
+        size: prompts a call of the text encoder; the last call of a batch is filled up.
         device: of the embeddings.
     """
-    once = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-    texts = list(once)
+
+    pipe: Any
+    size: int
+    device: torch.device
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    _expected: dict[tuple[str, ...], Texts] = field(default_factory=dict[tuple[str, ...], Texts], init=False)
+
+    def expect(self, prompts: Sequence[str]) -> None:
+        """Begins with a batch that is likely to be asked for next; the latest two are kept."""
+        batch = tuple(prompts)
+        if batch in self._expected or take_turns(self.pipe.unet, self.pipe.text_encoder):
+            return
+        self._expected[batch] = self._begin(batch)
+        for oldest in list(self._expected)[:-_KEPT]:
+            self._expected.pop(oldest).cancel()
+
+    def encode(self, prompts: Sequence[str]) -> Texts:
+        """At least one prompt, begun now, or when it was expected."""
+        texts = self._expected.pop(tuple(prompts), None) or self._begin(prompts)
+        if take_turns(self.pipe.unet, self.pipe.text_encoder):
+            texts.parts[-1].result()
+        return texts
+
+    def _begin(self, prompts: Sequence[str]) -> Texts:
+        once = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = list(once)
+        parts = [self._thread.submit(self._encode, texts[i : i + self.size]) for i in range(0, len(texts), self.size)]
+        return Texts([once[prompt] for prompt in prompts], parts, self.size, self.device)
 
     @torch.no_grad()
-    def encode(start: int) -> Tensor:
-        part = texts[start : start + size]
-        return pipe.encode_prompt(part + [""] * (size - len(part)), device, 1, False)[0]
-
-    with ThreadPoolExecutor(1) as thread:
-        parts = [thread.submit(encode, start) for start in range(0, len(texts), size)]
-        if take_turns(pipe.unet, pipe.text_encoder):
-            parts[-1].result()
-        try:
-            yield Texts([once[prompt] for prompt in prompts], parts, size, device)
-        finally:
-            thread.shutdown(cancel_futures=True)
+    def _encode(self, part: list[str]) -> Tensor:
+        filled = part + [""] * (self.size - len(part))
+        return self.pipe.encode_prompt(filled, self.device, 1, False)[0]

@@ -31,12 +31,13 @@ from sd_guard.detection import PrematureDetail, Verdict, decide, verdict_of
 from sd_guard.fingerprint import Fingerprint, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning, evaluate_lanes
-from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
+from sd_guard.noise import first_clear_step, interpret, read_level
 from sd_guard.observation import STATISTICS, Observation, Question, add_probed, mean_agreement, observe
 from sd_guard.pipelines.ahead import take_turns
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.policy import Outcome
-from sd_guard.screening.encoding import Texts, encoding
+from sd_guard.screening.control import Control, Place
+from sd_guard.screening.encoding import Encoder, Texts
 from sd_guard.screening.jobs import Job
 from sd_guard.screening.records import record_row
 from sd_guard.screening.screener import Screened
@@ -64,42 +65,6 @@ _OUTCOMES: Final[dict[Verdict, Outcome]] = {"pass": "passed", "flag": "kept", "u
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A step of the schedule: its index, timestep (a scalar tensor) and noise level."""
-
-    step: int
-    timestep: Tensor
-    level: NoiseLevel
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """What S seeds show without a prompt, at K observed steps.
-
-    Attributes:
-        x: (S, K, C, H, W) UNet inputs.
-        output: (S, K, C, H, W) what the UNet returned for them without a prompt.
-        lid: (S,) trajectory LID without a prompt at the last of the steps; 0 where there are no probes.
-        others: (S, M, C, H, W) UNet inputs of M other seeds, where these are looked at.
-    """
-
-    x: Tensor
-    output: Tensor
-    lid: Tensor
-    others: Tensor
-
-    def select(self, rows: Tensor) -> Control:
-        """Of some seeds, which may repeat."""
-        return Control(self.x[rows], self.output[rows], self.lid[rows], self.others[rows])
-
-    @staticmethod
-    def join(controls: Sequence[Control]) -> Control:
-        """Of the seeds of all of these, in order."""
-        parts = zip(*((one.x, one.output, one.lid, one.others) for one in controls), strict=True)
-        return Control(*(torch.cat(part) for part in parts))
-
-
-@dataclass(frozen=True, slots=True)
 class QuickScreener:
     """Scores batches by the first steps alone; `make` makes one.
 
@@ -119,6 +84,7 @@ class QuickScreener:
         noise_shape: C, H, W of a latent.
         batch_size: Lanes of a UNet call, >= 1.
         empty: (1, tokens, width) embedding of the empty prompt.
+        encoder: Of the others.
         ground: Observed step to the mean detail of the controls of `GROUND_SEEDS`, a scalar tensor; measured with the
             first batch, so that a model that fails there fails as on any batch.
         cache: Seed to its control, the latest used last.
@@ -134,6 +100,7 @@ class QuickScreener:
     noise_shape: tuple[int, int, int]
     batch_size: int
     empty: Tensor
+    encoder: Encoder
     ground: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     cache: OrderedDict[int, Control] = field(default_factory=OrderedDict[int, Control])
 
@@ -167,26 +134,31 @@ class QuickScreener:
         if calibration is not None:
             calibration.check(fingerprint)
             guard = calibration.apply(guard)
-        scheduler = copy_scheduler(pipe.scheduler)
-        scheduler.set_timesteps(model.steps, device=pipe._execution_device)
+        scheduler, device = copy_scheduler(pipe.scheduler), pipe._execution_device
+        scheduler.set_timesteps(model.steps, device=device)
         timesteps, clear = scheduler.timesteps, first_clear_step(scheduler, scheduler.timesteps.tolist())
         first, *observed = (
             Place(step, timesteps[step], read_level(scheduler, timesteps[step]))
             for step in (0, *guard.steps(len(timesteps), clear))
         )
         begin, seen = (
-            Place(-1, torch.tensor(timestep, device=pipe._execution_device), level)
+            Place(-1, torch.tensor(timestep, device=device), level)
             for timestep, level in other_places(scheduler.alphas_cumprod)
         )
+        places, encoder = (begin, seen), Encoder(pipe, batch_size, device)
         with torch.no_grad():
-            empty = pipe.encode_prompt([""], pipe._execution_device, 1, False)[0]
+            empty = pipe.encode_prompt([""], device, 1, False)[0]
         shape = (pipe.unet.config.in_channels, *_latent_size(pipe, model))
-        return cls(pipe, guard, fingerprint, scheduler, first, observed, (begin, seen), shape, batch_size, empty)
+        return cls(pipe, guard, fingerprint, scheduler, first, observed, places, shape, batch_size, empty, encoder)
 
     @property
     def threshold(self) -> float | None:
         """The detector's."""
         return self.guard.detector.threshold
+
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """Begins with the texts of a batch that is likely to come next."""
+        self.encoder.expect([job.prompt for job in jobs])
 
     def screen(self, jobs: Sequence[Job]) -> Screened:
         """Rows without images. Larger batches share more: rows in doubt are probed together."""
@@ -213,9 +185,12 @@ class QuickScreener:
         seeds_once = {seed: place for place, seed in enumerate(dict.fromkeys(seeds))}
         own = torch.tensor([seeds_once[seed] for seed in seeds], device=self.empty.device)
         control = self._controls(list(seeds_once)).select(own)
-        with encoding(self.pipe, prompts, size=self.batch_size, device=self.empty.device) as coming:
+        coming = self.encoder.encode(prompts)
+        try:
             outputs = [self._evaluate(control.x[:, k], place, coming) for k, place in enumerate(self.observed)]
             texts = coming.first(len(prompts))
+        finally:
+            coming.cancel()
         lanes = Conditioning(torch.cat([self.empty.expand_as(texts), texts]))
         calls = [
             StepCall(

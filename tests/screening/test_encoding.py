@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_guard.screening.encoding import encoding
+from sd_guard.screening.encoding import Encoder
 
 CPU = torch.device("cpu")
 
 
-class Encoder:
+class Model:
     """Says the length of each prompt, when it may."""
 
     def __init__(self) -> None:
@@ -33,39 +33,76 @@ class Encoder:
         return (torch.tensor([float(len(prompt)) for prompt in prompts])[:, None, None],)
 
 
-def test_each_prompt_is_encoded_once_in_calls_of_one_shape() -> None:
-    pipe, prompts = Encoder(), ["a", "bb", "a", "ccc", "bb", "dddd"]
-    with encoding(pipe, prompts, size=3, device=CPU) as texts:
-        assert texts.first(3).flatten().tolist() == [1, 2, 1]
-        assert texts.first(6).flatten().tolist() == [1, 2, 1, 3, 2, 4]
+@pytest.mark.parametrize("expected", [False, True])
+def test_each_prompt_is_encoded_once_in_calls_of_one_shape(expected: bool) -> None:
+    pipe, prompts = Model(), ["a", "bb", "a", "ccc", "bb", "dddd"]
+    encoder = Encoder(pipe, 3, CPU)
+    if expected:
+        encoder.expect(prompts)
+        encoder.expect(prompts)
+    texts = encoder.encode(prompts)
+    assert texts.first(3).flatten().tolist() == [1, 2, 1]
+    assert texts.first(6).flatten().tolist() == [1, 2, 1, 3, 2, 4]
     assert pipe.calls == [["a", "bb", "ccc"], ["dddd", "", ""]]
     assert pipe.threads.isdisjoint({threading.get_ident()})
 
 
 def test_the_first_are_there_before_the_last() -> None:
-    pipe = Encoder()
-    with encoding(pipe, ["a", "bb"], size=1, device=CPU) as texts:
-        assert texts.first(1).flatten().tolist() == [1]
-        pipe.gate.clear()
-        threading.Timer(0.1, pipe.gate.set).start()
-        assert texts.first(2).flatten().tolist() == [1, 2]
+    pipe = Model()
+    texts = Encoder(pipe, 1, CPU).encode(["a", "bb"])
+    assert texts.first(1).flatten().tolist() == [1]
+    pipe.gate.clear()
+    threading.Timer(0.1, pipe.gate.set).start()
+    assert texts.first(2).flatten().tolist() == [1, 2]
+
+
+def test_what_is_expected_is_encoded_before_it_is_asked_for_and_the_latest_two_batches_are_kept() -> None:
+    pipe = Model()
+    encoder = Encoder(pipe, 2, CPU)
+    encoder.encode(["a"]).first(1)
+    for batch in (["b", "bb"], ["c", "cc"], ["d", "dd"]):
+        encoder.expect(batch)
+    assert encoder.encode(["e"]).first(1).flatten().tolist() == [1]  # on the same thread, after them
+    done = len(pipe.calls)
+    assert encoder.encode(["c", "cc"]).first(2).flatten().tolist() == [1, 2]
+    assert encoder.encode(["d", "dd"]).first(2).flatten().tolist() == [1, 2]
+    assert len(pipe.calls) == done
+    encoder.encode(["d", "dd"]).first(2)  # a batch is given out once
+    encoder.encode(["b", "bb"]).first(2)
+    assert pipe.calls[done:] == [["d", "dd"], ["b", "bb"]]
+
+
+def test_what_was_not_begun_is_left_undone() -> None:
+    pipe = Model()
+    encoder = Encoder(pipe, 1, CPU)
+    pipe.gate.clear()
+    encoder.encode(["a", "bb", "ccc"]).cancel()
+    pipe.gate.set()
+    encoder.encode(["dddd"]).first(1)
+    assert pipe.calls in ([["dddd"]], [["a"], ["dddd"]])  # whether the thread had taken the first one up
 
 
 def test_parts_that_take_turns_do_not_overlap() -> None:
-    pipe = Encoder()
+    pipe = Model()
     pipe.unet._hf_hook = object()
-    with encoding(pipe, ["a", "bb", "ccc"], size=1, device=CPU):
-        assert len(pipe.calls) == 3
+    encoder = Encoder(pipe, 1, CPU)
+    encoder.expect(["a", "bb", "ccc"])
+    assert pipe.calls == []
+    encoder.encode(["a", "bb", "ccc"])
+    assert len(pipe.calls) == 3
 
 
 def test_an_encoder_that_fails_says_so_where_it_is_waited_for() -> None:
-    class Broken(Encoder):
+    class Broken(Model):
         def encode_prompt(self, prompts: list[str], *_: Any) -> tuple[Tensor]:
             if prompts == ["bb"]:
                 raise RuntimeError("no room")
             return super().encode_prompt(prompts)
 
-    with encoding(Broken(), ["a", "bb"], size=1, device=CPU) as texts:
-        assert texts.first(1).flatten().tolist() == [1]
-        with pytest.raises(RuntimeError, match="no room"):
-            texts.first(2)
+    encoder = Encoder(Broken(), 1, CPU)
+    encoder.expect(["a", "bb"])
+    texts = encoder.encode(["a", "bb"])
+    assert texts.first(1).flatten().tolist() == [1]
+    with pytest.raises(RuntimeError, match="no room"):
+        texts.first(2)
+    assert encoder.encode(["a"]).first(1).flatten().tolist() == [1]

@@ -331,3 +331,25 @@ def test_quick_depth_loads_a_unet_in_the_layout_of_convolutions(
     expected = [row["score"] for row in plain.screen(jobs).rows]
     assert scores == pytest.approx(expected, abs=1e-3)
     assert counter.frame_count == compiled
+
+
+def test_the_texts_of_the_next_batch_are_encoded_beside_this_one_and_its_rows_are_the_same(
+    make: Callable[..., QuickScreener], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (
+        [Job(place, prompt, None, 0) for place, prompt in enumerate(part)] for part in (PROMPTS, PROMPTS[:4])
+    )
+    screener = make()
+    expected = [screener.screen(batch).rows for batch in (first, second)]
+    asked: list[list[str]] = []
+    encode_prompt = screener.pipe.encode_prompt
+    monkeypatch.setattr(
+        screener.pipe, "encode_prompt", lambda prompts, *a: asked.append(list(prompts)) or encode_prompt(prompts, *a)
+    )
+    screener.expect(second)
+    found = [screener.screen(first).rows]
+    known = len(asked)
+    found.append(screener.screen(second).rows)
+    assert found == expected
+    assert PROMPTS[:4] in asked[:known]
+    assert len(asked) == known
