@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sd_guard.pipelines.ahead import take_turns
-
-_KEPT: Final = 2  # of the batches that were expected: the one that is screened now, and the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +58,22 @@ class Encoder:
     size: int
     device: torch.device
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
-    _expected: dict[tuple[str, ...], Texts] = field(default_factory=dict[tuple[str, ...], Texts], init=False)
+    _next: tuple[str, ...] | None = field(default=None, init=False)
+    _coming: dict[tuple[str, ...], Texts] = field(default_factory=dict[tuple[str, ...], Texts], init=False)
 
     def expect(self, prompts: Sequence[str]) -> None:
-        """Begins with a batch that is likely to be asked for next; the latest two are kept."""
-        batch = tuple(prompts)
-        if batch in self._expected or take_turns(self.pipe.unet, self.pipe.text_encoder):
-            return
-        self._expected[batch] = self._begin(batch)
-        for oldest in list(self._expected)[:-_KEPT]:
-            self._expected.pop(oldest).cancel()
+        """Names a batch that is likely to be asked for after the next one: it is begun as soon as that is."""
+        self._next = tuple(prompts)
 
     def encode(self, prompts: Sequence[str]) -> Texts:
-        """At least one prompt, begun now, or when it was expected."""
-        texts = self._expected.pop(tuple(prompts), None) or self._begin(prompts)
+        """At least one prompt, begun now, or with the batch before."""
+        texts = self._coming.pop(tuple(prompts), None) or self._begin(prompts)
         if take_turns(self.pipe.unet, self.pipe.text_encoder):
             texts.parts[-1].result()
+        elif self._next is not None:
+            for dropped in self._coming.values():
+                dropped.cancel()
+            self._coming, self._next = {self._next: self._begin(self._next)}, None
         return texts
 
     def _begin(self, prompts: Sequence[str]) -> Texts:
