@@ -85,7 +85,7 @@ class Session:
 
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """Observes, and where it decides resolves; returns the tensors that the host's loop shall go on with."""
-        count = len(pipe.scheduler.timesteps)
+        count = len(self.timesteps)
         if self.snapshots and self.watch is not None:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
