@@ -22,6 +22,7 @@ from benchmarks.tables import (
     evasion_table,
     flagged,
     fooled,
+    host,
     kept_table,
     memory,
     mitigation_table,
@@ -204,7 +205,7 @@ def figures() -> str:
             f"*Screening*: {screening(load('screening'), load('quick'))} ({revision('screening')}; quick depth "
             f"{revision('quick')}.)",
             f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed} "
-            f"({revision('overhead')}).",
+            f"({revision('overhead')}). {host(load('host'))} ({revision('host')}).",
         )
     )
 

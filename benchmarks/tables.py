@@ -268,3 +268,19 @@ def best(result: dict[str, Any], family: str) -> str:
     (looks,) = looks_until(result, [f"{family} / novel + plain, 1 image"], 0.4 * result["settings"]["steps"])
     row = max(looks, key=lambda row: row["step"])
     return f"{row['auroc']:.4f} / {row['tpr_at_1_fpr']:.2f}"
+
+
+def host(result: dict[str, Any]) -> str:
+    """What a call costs beside its lanes."""
+    lines = "; ".join(
+        f"{line['guard_milliseconds']:.1f} ms at batch {line['batch']}, beside {line['unguarded_milliseconds']:.1f} of "
+        "the host's own"
+        for line in result["batches"]
+    )
+    first = result["batches"][0]
+    hidden = first["taken_apart"]["take_fingerprint"]["milliseconds"]
+    return (
+        "With a UNet of Stable Diffusion 1.5's size that answers at once, and 8 x 8 latents, so that only Python and "
+        f"the dispatch of operations are left, the guard takes a call {lines} ({first['guard_operations']} operations; "
+        f"{hidden:.1f} ms at batch {first['batch']} are the fingerprint's, taken while a GPU would be at work)"
+    )

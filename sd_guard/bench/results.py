@@ -75,7 +75,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "tf32_convolutions": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},  # with its build
         "git": revision(),
     }
 

@@ -173,8 +173,8 @@ def persistence(then: Tensor, now: Tensor) -> Tensor:
     Returns:
         (B,) float32 in [-1, 1]; NaN for latents of a single pixel, which have no differences.
     """
-    pictures = torch.cat([then, now]).float()  # at once, as all that follows: it is taken within sampling
-    before, after = _edges(pictures).chunk(2)
+    pictures = torch.cat([then, now])  # at once, as all that follows: it is taken within sampling
+    before, after = _edges(pictures.float()).chunk(2)
     side = max(2, round(_WINDOW * min(then.shape[-2:])))
     window = [min(side, size) for size in then.shape[-2:]]
     products = torch.cat([before * after, before * before, after * after]).sum(1, keepdim=True)
