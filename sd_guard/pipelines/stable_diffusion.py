@@ -240,7 +240,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         if arguments["clip_skip"] is not None and not hasattr(self.text_encoder, "text_model"):
             raise ValueError(
                 f"clip_skip={arguments['clip_skip']} does not work with the installed diffusers and transformers: "
-                "leave it out, or install transformers < 5.6"
+                "leave it out"
             )
         custom = next((arguments[name] for name in ("timesteps", "sigmas") if arguments[name] is not None), None)
         steps = len(custom) if custom is not None else arguments["num_inference_steps"]
