@@ -296,15 +296,17 @@ class Session:
 
     def records(self, images: int) -> list[GuardRecord]:
         """One record an image, in the order of the batch."""
-        looks = [*self.observations, *self.later]
-        table = [(seen, {name: value.tolist() for name, value in seen.values.items()}) for seen in looks]
+        looks = [(seen, name) for seen in (*self.observations, *self.later) for name in seen.values]
+        # At once: each on its own would be waited for.
+        table = torch.stack([seen.values[name] for seen, name in looks]).tolist() if looks else []
+        values = [(seen, name, row) for (seen, name), row in zip(looks, table, strict=True)]
         spent = lanes_of(self.observations) or (0,) * images
         cases = self.cases or [Case("unscored", math.nan, 0, 0, lanes=lanes) for lanes in spent]
         digest = self.inputs.fingerprint().digest
-        return [self._record(row, case, table, digest) for row, case in enumerate(cases)]
+        return [self._record(row, case, values, digest) for row, case in enumerate(cases)]
 
     def _record(
-        self, row: int, case: Case, table: list[tuple[Observation, dict[str, list[float]]]], digest: str
+        self, row: int, case: Case, values: list[tuple[Observation, str, list[float]]], digest: str
     ) -> GuardRecord:
         reason = None
         if case.verdict == "unscored":
@@ -316,9 +318,8 @@ class Session:
             decided_at_step=case.decided_at if reason is None else None,
             dimension=self.observations[0].dimension if self.observations else 0,
             statistics=tuple(
-                StatisticValue(seen.step, name, *STATISTICS[name], values[row])
-                for seen, measured in table
-                for name, values in measured.items()
+                StatisticValue(seen.step, name, *STATISTICS[name], own[row])
+                for seen, name, own in values
                 if seen.has(name, row) and seen.step <= self.own_until.get(row, seen.step)
             ),
             attempts=case.told(self.guard.policy),
