@@ -15,7 +15,7 @@ from typing import Any, Final
 Line = dict[str, Any]
 PLAIN, NONE, ONCE = "unguarded", "guarded, none in doubt", "guarded, all probed once"
 QUICK, BARE = "quick depth, none in doubt", "bare UNet, none in doubt"
-LEAST_BATCH_OF_MEMORY: Final = 4
+MEMORY_BATCH: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,9 @@ def _probe(known: Known) -> Iterator[Figure]:
 
 
 def _memory(known: Known) -> Iterator[Figure]:
-    plain, once = (_of(known, "overhead", f"sdpa, {case}", LEAST_BATCH_OF_MEMORY) for case in (PLAIN, ONCE))
+    plain, once = (_of(known, "overhead", f"sdpa, {case}", MEMORY_BATCH) for case in (PLAIN, ONCE))
     ratio = _combine(lambda a, b: a / b, _get(once, "peak_mib"), _get(plain, "peak_mib"))
-    yield Figure(f"sdpa, batch {LEAST_BATCH_OF_MEMORY}: peak memory, all probed once over unguarded", ratio, 1.05, True)
+    yield Figure(f"sdpa, batch {MEMORY_BATCH}: peak memory, all probed once over unguarded", ratio, 1.05, True)
 
 
 def _of(known: Known, suite: str, case: str, batch: int) -> Line | None:
@@ -133,7 +133,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    print(table(read_lines(parser.parse_args().results)))
+    results: Path = parser.parse_args().results
+    if not results.is_file():
+        parser.error(f"{results}: no such file; name the gpu.jsonl that benchmarks.gpu wrote")
+    print(table(read_lines(results)))
 
 
 if __name__ == "__main__":

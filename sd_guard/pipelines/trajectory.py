@@ -79,7 +79,10 @@ def denoiser_of(pipe: Any, seeds: Sequence[int], *, rows: int | None = None) -> 
         return (pipe.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     unet = pipe.unet if rows is None else of_one_shape(pipe.unet, rows)
-    return Denoiser(unet, prediction_type(pipe), pipe.scheduler.alphas_cumprod, seeds, decode)
+    scheduler = pipe.scheduler
+    return Denoiser(
+        unet, prediction_type(pipe), scheduler.alphas_cumprod, seeds, decode, timestep_dtype=scheduler.timesteps.dtype
+    )
 
 
 def _initial_latents(pipe: Any, scheduler: Any, generators: list[torch.Generator], embeds: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ class QuickScreener:
             for step in (0, *guard.steps(len(timesteps), clear))
         )
         begin, seen = (
-            Place(-1, torch.tensor(timestep, device=device), level)
+            Place(-1, torch.tensor(timestep, device=device, dtype=timesteps.dtype), level)
             for timestep, level in other_places(scheduler.alphas_cumprod)
         )
         places, encoder = (begin, seen), Encoder(pipe, batch_size, device)

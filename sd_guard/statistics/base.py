@@ -55,6 +55,7 @@ class Denoiser:
         alphas_cumprod: (T,) the checkpoint's own noise schedule, by training timestep.
         seeds: of probe vectors, one an image, in [0, 2^64).
         decode: (B, C, H, W) clean latents to (B, 3, h, w) images in [0, 1]; None where there is no autoencoder.
+        timestep_dtype: as the sampler gives timesteps to the UNet: a compiled one is compiled for that.
     """
 
     unet: Unet
@@ -62,6 +63,7 @@ class Denoiser:
     alphas_cumprod: Tensor
     seeds: Sequence[int]
     decode: Callable[[Tensor], Tensor] | None = None
+    timestep_dtype: torch.dtype = torch.int64
 
     def read(self, call: StepCall, lane: Lane) -> Prediction:
         """What the sampler's own UNet call says in one lane, float32 or better.

@@ -74,7 +74,8 @@ def predict_from_other_seed(
 
     def predict(x: Tensor, place: tuple[int, NoiseLevel]) -> Prediction:
         timestep, level = place
-        output = evaluate_lanes(model.unet, x, torch.tensor(timestep, device=x.device), lanes)
+        own = torch.tensor(timestep, device=x.device, dtype=model.timestep_dtype)
+        output = evaluate_lanes(model.unet, x, own, lanes)
         return interpret(output, x, level, model.prediction_type)
 
     places = other_places(model.alphas_cumprod)

@@ -114,6 +114,26 @@ def test_detection_has_calls_of_the_samplers_shape_only(
         assert spent < counted.rows - 6 * len(pipe.scheduler.timesteps)  # what fills a call up is billed to nobody
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "heun", "unipc", "lcm"])
+@pytest.mark.parametrize("arguments", [{}, {"negative_prompt": ["grey"] * 3}, {"guidance_scale": 1.0}])
+def test_detection_runs_the_samplers_graph(
+    own_parts: dict[str, Any], graphs: Graphs, scheduler: str, arguments: dict[str, Any]
+) -> None:
+    """Whatever differs in a call's arguments, were it the timestep's dtype, would have it run without."""
+    pipe = build(GuardedStableDiffusionPipeline, own_parts, scheduler)
+    unet = compiled(pipe, graphs, False)
+    pipe.disable_guard()
+    with CountLanes(unet) as counted:
+        latents_of(pipe, **arguments)
+    a_call = len(graphs.run) / len(counted.shapes)
+    graphs.run.clear()
+    pipe.enable_guard(watching(doubt=EVERYBODY, other_seeds=2))
+    with CountLanes(unet) as counted:
+        latents_of(pipe, **arguments)
+    assert len(graphs.run) == a_call * len(counted.shapes)
+    assert len(counted.shapes) > 6 + 4
+
+
 def test_a_single_image_that_is_sampled_again_has_the_samplers_shape_throughout(
     own_parts: dict[str, Any], graphs: Graphs
 ) -> None:

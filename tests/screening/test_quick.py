@@ -286,9 +286,10 @@ def test_the_default_tells_memorized_prompts_of_the_bundled_checkpoint() -> None
     assert flagged[~memorized].mean() < 0.1
 
 
-def test_a_compiled_unet_has_one_graph_whoever_is_in_doubt() -> None:
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_a_compiled_unet_has_one_graph_whoever_is_in_doubt(scheduler: str) -> None:
     torch._dynamo.reset()
-    counter, pipe = CompileCounter(), build(GuardedStableDiffusionPipeline, components())
+    counter, pipe = CompileCounter(), build(GuardedStableDiffusionPipeline, components(), scheduler)
     pipe.unet.compile(backend=counter)
     for doubtful, seeds in ((NOBODY, [0]), (EVERYBODY, [1, 2])):
         screener = QuickScreener.make(pipe, MODEL, batch_size=4, guard=guard(doubtful, other_seeds=2))
