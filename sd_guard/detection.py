@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sd_guard.observation import Observation, Question
+from sd_guard.transfers import send
 
 Verdict = Literal["pass", "flag", "unscored"]
 
@@ -135,7 +136,7 @@ def _rows(seen: Observation, *names: str) -> Tensor:
     """(B,) bool: the images that any of these was measured of."""
     rows = {row for name in names for row in seen.probed.get(name, ())}
     mask = [row in rows for row in range(len(seen.lanes))]
-    return torch.tensor(mask, device=seen.values["added_detail"].device)
+    return send(torch.tensor(mask), seen.values["added_detail"].device)
 
 
 def _asked(seen: Observation) -> Tensor:

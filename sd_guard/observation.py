@@ -21,6 +21,7 @@ from sd_guard.statistics.lid import probe_products, trajectory_lid
 from sd_guard.statistics.seed_agreement import OTHER_SEED_LANES, excess_agreement, predict_from_other_seed
 from sd_guard.statistics.sharpness import detail_and_added, excess_persistence
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
+from sd_guard.transfers import index_of
 
 # name -> (point, lane) of every statistic an observation can hold
 STATISTICS: Mapping[str, tuple[str, str]] = {
@@ -79,11 +80,12 @@ class Observation:
 
     def select(self, rows: Sequence[int]) -> Observation:
         """The same of some images."""
-        values = {name: value[list(rows)] for name, value in self.values.items()}
+        index = index_of(rows, next(iter(self.values.values())).device)
+        values = {name: value[index] for name, value in self.values.items()}
         probed = {
             name: tuple(place for place, row in enumerate(rows) if row in own) for name, own in self.probed.items()
         }
-        x0_hat = None if self.x0_hat is None else self.x0_hat[list(rows)]
+        x0_hat = None if self.x0_hat is None else self.x0_hat[index]
         return replace(self, values=values, lanes=tuple(self.lanes[row] for row in rows), probed=probed, x0_hat=x0_hat)
 
 
@@ -102,6 +104,13 @@ def predicted_image(observations: Sequence[Observation]) -> Tensor:
 def lanes_of(observations: Sequence[Observation]) -> tuple[int, ...]:
     """Extra lane evaluations spent on each of the B images of a trajectory."""
     return tuple(map(sum, zip(*(seen.lanes for seen in observations), strict=True)))
+
+
+def read_values(observations: Sequence[Observation]) -> list[tuple[Observation, str, list[float]]]:
+    """Every statistic with its B values, read at once: each on its own would be waited for."""
+    named = [(seen, name) for seen in observations for name in seen.values]
+    table = torch.stack([seen.values[name] for seen, name in named]).tolist() if named else []
+    return [(seen, name, values) for (seen, name), values in zip(named, table, strict=True)]
 
 
 def with_control(call: StepCall, unet: Unet) -> StepCall:
@@ -168,7 +177,8 @@ def mean_agreement(seen: Observation, rows: Sequence[int], agreements: Tensor, s
     """(N,) mean over all other seeds so far, from (K, N) excess agreements with those that are new."""
     total = agreements.sum(0)
     if seeds.start:
-        total = total + seeds.start * seen.values["excess_agreement"][list(rows)]
+        before = seen.values["excess_agreement"]
+        total = total + seeds.start * before[index_of(rows, before.device)]
     return total / seeds.stop
 
 
@@ -184,7 +194,7 @@ def add_probed(seen: Observation, measured: Mapping[str, Tensor], rows: Sequence
     values, probed, spent = dict(seen.values), dict(seen.probed), list(seen.lanes)
     for name, value in measured.items():
         before = values.get(name, value.new_zeros(len(spent)))
-        values[name] = before.index_copy(0, torch.tensor(list(rows), device=value.device), value)
+        values[name] = before.index_copy(0, index_of(rows, value.device), value)
         probed[name] = tuple(sorted({*rows, *probed.get(name, ())}))
     for row in rows:
         spent[row] += lanes
@@ -195,7 +205,7 @@ def _lids(call: StepCall, model: Denoiser, rows: Sequence[int], probes: int) -> 
     """(2, N) trajectory LID of N rows without the prompt and with it, by UNet calls of at most the guided shape."""
     device, images, own = call.x.device, call.x.shape[0], [model.seeds[row] for row in rows]
     v = torch.cat([draw_row_probes(own, call.x.shape[1:], call.step, device, k) for k in range(probes)])
-    index = torch.tensor(list(rows), device=device).repeat(probes)
+    index = index_of(rows, device).repeat(probes)
     with_prompt, without = _predictions(call, model.prediction_type)
 
     def traces(v: Tensor, index: Tensor) -> Tensor:
@@ -213,7 +223,7 @@ def _lids(call: StepCall, model: Denoiser, rows: Sequence[int], probes: int) -> 
 
 def _agreements(call: StepCall, model: Denoiser, rows: Sequence[int], seeds: range) -> Tensor:
     """(K, N) excess agreement of N rows with what their prompts show from the noise of each of K other seeds."""
-    index = torch.tensor(list(rows), device=call.x.device)
+    index = index_of(rows, call.x.device)
     lanes = call.lanes.select(index + call.x.shape[0])
     with_prompt, without = (prediction.x0_hat[index] for prediction in _predictions(call, model.prediction_type))
     others = [

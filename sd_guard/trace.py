@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import one_hot
 
 from sd_guard.noise import at_least_float32
+from sd_guard.transfers import send
 
 RowFunction: TypeAlias = Callable[[Tensor], Tensor]
 Distribution: TypeAlias = Literal["rademacher", "gaussian"]
@@ -41,16 +42,18 @@ def draw_row_probes(
     """Rademacher probes that depend on nothing but (row's seed, step, probe index, shape).
 
     The bits are the raw stream of a counter-based generator keyed by those numbers (Philox; Salmon et al. 2011), which
-    NumPy keeps stable across versions. One bit an entry: (16, 4, 64, 64) takes about a millisecond on one core.
+    NumPy keeps stable across versions. One bit an entry is drawn on the host, 2 KiB a row of (4, 64, 64), so that every
+    device has the same; the vectors are made of them on the device.
 
     Returns:
         Entries -1 and 1, (len(seeds), *S) in float32.
     """
-    size = math.prod(shape_per_row)
+    size, device = math.prod(shape_per_row), torch.device(device)
     words = [_stream(seed, step, probe).random_raw(-(-size // 64)) for seed in seeds]
-    packed = np.stack(words).astype("<u8").view(np.uint8)
-    bits = torch.as_tensor(np.unpackbits(packed, axis=1, count=size), device=device)
-    return bits.to(torch.float32).mul_(2.0).sub_(1.0).reshape(len(seeds), *shape_per_row)
+    packed = send(torch.from_numpy(np.stack(words).astype("<u8").view(np.uint8)), device)
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)  # in a byte, the first entry's highest
+    bits = (packed[..., None] >> places) & 1
+    return bits.flatten(1)[:, :size].to(torch.float32).mul_(2.0).sub_(1.0).reshape(len(seeds), *shape_per_row)
 
 
 def draw_probes(
@@ -75,11 +78,11 @@ def draw_probes(
             return draw_row_probes(source.seeds, shape[1:], source.step, device, probe)
         keys = [int(_stream(seed, source.step, probe).random_raw()) for seed in source.seeds]
         generators = [torch.Generator().manual_seed(key >> 1) for key in keys]
-        return torch.stack([torch.randn(*shape[1:], generator=g) for g in generators]).to(device)
+        return send(torch.stack([torch.randn(*shape[1:], generator=g) for g in generators]), torch.device(device))
     if distribution == "gaussian":
-        return torch.randn(*shape, generator=source, device=source.device).to(device)
+        return send(torch.randn(*shape, generator=source, device=source.device), torch.device(device))
     bits = torch.randint(0, 2, tuple(shape), generator=source, device=source.device, dtype=torch.int8)
-    return bits.to(device=device, dtype=torch.float32).mul_(2.0).sub_(1.0)
+    return send(bits, torch.device(device)).to(torch.float32).mul_(2.0).sub_(1.0)
 
 
 class JacobianProduct(Protocol):

@@ -14,6 +14,7 @@ from torch.nn.functional import leaky_relu
 from sd_guard.mitigation.base import Change, Subject
 from sd_guard.mitigation.rewriters import Lexicon
 from sd_guard.statistics.sharpness import added_detail, what_is_left
+from sd_guard.transfers import send
 
 _MAX_PIECES = 24  # longer prompts are cut into this many runs of words, which bounds the lanes of a search
 _LESS_THAN_ORDINARY = 0.3  # what a resemblance below the ordinary one counts for
@@ -168,8 +169,8 @@ class _Search:
         moved = (predicted - flagged).mean((-2, -1)).norm(dim=1)
         cost = leaky_relu(left - settings.ordinary_resemblance, _LESS_THAN_ORDINARY) + settings.colour_cost * moved
         cost += settings.detail_cost * (added - settings.ordinary_detail).clamp(min=0)
-        values = (x.tolist() for x in (left, added, moved, cost))
-        for removal, near, more, far, rest in zip(removals, *values, strict=True):
+        values = torch.stack([left, added, moved, cost], dim=1).tolist()  # at once: each is waited for
+        for removal, (near, more, far, rest) in zip(removals, values, strict=True):
             self.asked[removal] = _Answer(near, more, far, settings.word_cost * len(removal) + rest)
 
     @property
@@ -243,7 +244,7 @@ class EmbeddingNoise:
         embeds = subject.prompt_embeds
         for strength in self.strengths:
             generator = torch.Generator().manual_seed(subject.seed)
-            noise = torch.randn(embeds.shape, generator=generator).to(embeds.device, torch.float32)
+            noise = send(torch.randn(embeds.shape, generator=generator, dtype=torch.float32), embeds.device)
             noisy = embeds.float() + strength * embeds.float().std() * noise
             yield Change("embedding_noise", strength, noisy.to(embeds.dtype))
 

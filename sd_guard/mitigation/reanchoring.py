@@ -90,5 +90,5 @@ class PromptReanchoring:
         with torch.no_grad():
             e_hat = subject.denoise(text, subject.latents.expand(len(text), -1, -1, -1)).e_hat
         norms = cfg_norm(e_hat[1:], e_hat[:1])
-        shares = norms / norms[0]
-        return dict(zip(prompts, zip(norms[1:].tolist(), shares[1:].tolist(), strict=True), strict=True))
+        pairs = torch.stack([norms, norms / norms[0]], dim=1)[1:].tolist()
+        return {prompt: (norm, share) for prompt, (norm, share) in zip(prompts, pairs, strict=True)}

@@ -23,6 +23,7 @@ from sd_guard.pipelines.subject import Origin, token_encoder
 from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.policy import Attempt, Case
 from sd_guard.statistics.sharpness import resemblance, survival, what_is_left
+from sd_guard.transfers import index_of, send
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +180,8 @@ class Escalation:
 
     def survival_of(self, rescue: Replacement) -> float:
         """How much of the flagged picture its last look shows."""
-        row = [rescue.row]
-        now, memory = predicted_image(rescue.later), predicted_image(self.observations)[row]
-        return float(survival(now, memory, self.control[row]))
+        now, row = predicted_image(rescue.later), slice(rescue.row, rescue.row + 1)
+        return float(survival(now, predicted_image(self.observations)[row], self.control[row]))
 
     def _next(self, row: int) -> Change | None:
         """The next change that the image can still afford; closes its case where there is none.
@@ -284,9 +284,10 @@ class Escalation:
 
         One that came from other noise has not that in common with the flagged one which the control has anyway.
         """
-        memory = predicted_image(self.observations)[list(rows)]
-        other = torch.tensor([change.other_noise for change in changes], device=now.device)
-        return resemblance(now, memory).where(other, what_is_left(now, memory, self.control[list(rows)]))
+        own = index_of(rows, now.device)
+        memory, control = predicted_image(self.observations)[own], self.control[own]
+        other = send(torch.tensor([change.other_noise for change in changes]), now.device)
+        return resemblance(now, memory).where(other, what_is_left(now, memory, control))
 
     def _probe(
         self,
@@ -321,7 +322,7 @@ class Escalation:
 
     def _subject(self, row: int) -> Subject:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row
-        one = torch.tensor([lane], device=self.control.device)
+        one = index_of([lane], self.control.device)
         origin = Origin(self.pipe, self.snapshots, self.watch.clear, self.walk.lanes.select(one), row, case)
         encoder, prompt = self.pipe.text_encoder, self.inputs.prompts[row] if self.inputs.prompts is not None else None
         return Subject(

@@ -20,6 +20,7 @@ from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.snapshots import fork_generators, select_images
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.guidance import cfg_norm
+from sd_guard.transfers import index_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class Resumed:
             index: of the image.
             walk: of all B images, up to where the loop stands now.
         """
-        count, own = len(self.changes), torch.tensor([index], device=self.latents.device)
+        count, own = len(self.changes), index_of([index], self.latents.device)
         generator, others = self.arguments.get("generator"), dict(self.arguments)
         if isinstance(generator, list):
             others["generator"] = [generator[index]]
@@ -228,7 +229,7 @@ def resume(
         empty_embeds: (tokens, width) embedding of no prompt.
         observations: of all B images, on the host's trajectory.
     """
-    images, index = start.latents.shape[0], torch.tensor(rows, device=start.latents.device)
+    images, index = start.latents.shape[0], index_of(rows, start.latents.device)
     generator = fork_generators(inputs.generator, start.states, rows, inputs.seed)
     own = [start.latents[row] if c.latents is None else c.latents for row, c in zip(rows, changes, strict=True)]
     lanes = walk.lanes.select(torch.cat([index + first for first in range(0, walk.count, images)]))

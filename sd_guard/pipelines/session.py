@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sd_guard.compiled import no_new_graphs, of_one_shape
@@ -29,6 +28,7 @@ from sd_guard.observation import (
     observe,
     predicted_image,
     probe,
+    read_values,
     with_control,
 )
 from sd_guard.pipelines.escalation import Escalation, Replacement
@@ -39,6 +39,7 @@ from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.sharpness import survival
+from sd_guard.transfers import index_of
 
 
 @dataclass(slots=True)
@@ -224,8 +225,8 @@ class Session:
     def _accept(self, pipe: Any, step: int, new: Replacement, tensors: dict[str, Any]) -> dict[str, Any]:
         """Puts an image into the host's loop: its latents, its scheduler state, its text."""
         latents: Tensor = tensors["latents"]
-        one = torch.tensor([new.index], device=latents.device)
-        row = torch.tensor([new.row], device=latents.device)
+        one = index_of([new.index], latents.device)
+        row = index_of([new.row], latents.device)
         own = select_images(new.resumed.scheduler, one, new.resumed.latents)
         replace_images(pipe.scheduler, own, row, latents)
         tensors = {**tensors, "latents": latents.index_copy(0, row, new.resumed.latents[one])}
@@ -242,7 +243,7 @@ class Session:
             if not is_delayed(new.change, (step - 1) / count) and step > self.replaced_at[new.row] + 1:
                 continue  # it is in the loop already, and a caller's callback may have changed it since
             text = self._empty() if is_delayed(new.change, step / count) else new.change.prompt_embeds
-            lane = torch.tensor([prompt_embeds.shape[0] - len(self.cases) + new.row], device=prompt_embeds.device)
+            lane = index_of([prompt_embeds.shape[0] - len(self.cases) + new.row], prompt_embeds.device)
             prompt_embeds = prompt_embeds.index_copy(0, lane, text.to(prompt_embeds)[None])
         return {**tensors, "prompt_embeds": prompt_embeds}
 
@@ -250,7 +251,7 @@ class Session:
         """Puts images that were sampled in a loop of their own into the place of the flagged ones."""
         latents: Tensor = tensors["latents"]
         for new in self.finished:
-            row = torch.tensor([new.row], device=latents.device)
+            row = index_of([new.row], latents.device)
             latents = latents.index_copy(0, row, new.resumed.latents)
             self.cases[new.row].place()
         return {**tensors, "latents": latents}
@@ -261,7 +262,8 @@ class Session:
         if not rows:
             return
         assert self.control is not None
-        alike = survival(latents[rows], predicted_image(self.observations)[rows], self.control[rows]).tolist()
+        own = index_of(rows, latents.device)
+        alike = survival(latents[own], predicted_image(self.observations)[own], self.control[own]).tolist()
         for row, value in zip(rows, alike, strict=True):
             self.cases[row].relapsed = not value <= self.guard.policy.max_resemblance
 
@@ -296,10 +298,7 @@ class Session:
 
     def records(self, images: int) -> list[GuardRecord]:
         """One record an image, in the order of the batch."""
-        looks = [(seen, name) for seen in (*self.observations, *self.later) for name in seen.values]
-        # At once: each on its own would be waited for.
-        table = torch.stack([seen.values[name] for seen, name in looks]).tolist() if looks else []
-        values = [(seen, name, row) for (seen, name), row in zip(looks, table, strict=True)]
+        values = read_values([*self.observations, *self.later])
         spent = lanes_of(self.observations) or (0,) * images
         cases = self.cases or [Case("unscored", math.nan, 0, 0, lanes=lanes) for lanes in spent]
         digest = self.inputs.fingerprint().digest

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sd_guard.pipelines.ahead import take_turns
+from sd_guard.transfers import index_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Texts:
         """(count, tokens, width) embeddings of the first `count` prompts, as soon as they are there."""
         wanted = self.places[:count]
         ready = torch.cat([part.result() for part in self.parts[: max(wanted) // self.size + 1]])
-        return ready[torch.tensor(wanted, device=self.device)]
+        return ready[index_of(wanted, self.device)]
 
     def cancel(self) -> None:
         """Leaves undone what was not begun."""

@@ -32,7 +32,15 @@ from sd_guard.fingerprint import Fingerprint, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.noise import first_clear_step, interpret, read_level
-from sd_guard.observation import STATISTICS, Observation, Question, add_probed, mean_agreement, observe
+from sd_guard.observation import (
+    STATISTICS,
+    Observation,
+    Question,
+    add_probed,
+    mean_agreement,
+    observe,
+    read_values,
+)
 from sd_guard.pipelines.ahead import take_turns
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.policy import Outcome
@@ -48,6 +56,7 @@ from sd_guard.statistics.lid import probe_products, trajectory_lid
 from sd_guard.statistics.seed_agreement import excess_agreement, other_noise, other_places, step_down
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
+from sd_guard.transfers import index_of
 
 # Chosen on `tune` rows: the level on the first reference, by AUROC and lanes; that a LID probe adds nothing to what
 # another seed says, on six, each prompt at six seeds; that a second seed does, on seven, at four.
@@ -183,7 +192,7 @@ class QuickScreener:
         if not self.ground:
             self.ground.update(self._measure_ground())
         seeds_once = {seed: place for place, seed in enumerate(dict.fromkeys(seeds))}
-        own = torch.tensor([seeds_once[seed] for seed in seeds], device=self.empty.device)
+        own = index_of([seeds_once[seed] for seed in seeds], self.empty.device)
         control = self._controls(list(seeds_once)).select(own)
         coming = self.encoder.encode(prompts)
         try:
@@ -218,7 +227,7 @@ class QuickScreener:
         missing = [seed for seed in seeds if seed not in self.cache]
         if missing:
             fresh = self._evaluate_controls(missing)
-            self.cache.update((seed, fresh.select(torch.tensor([row]))) for row, seed in enumerate(missing))
+            self.cache.update((seed, fresh.select(index_of([row], fresh.x.device))) for row, seed in enumerate(missing))
         joined = Control.join([self.cache[seed] for seed in seeds])
         for seed in seeds:
             self.cache.move_to_end(seed)
@@ -294,14 +303,14 @@ class QuickScreener:
         question: Question,
     ) -> Observation:
         """Adds what costs lanes, of some images: one a probe and one another seed, the control's being known."""
-        index = torch.tensor(list(rows), device=call.x.device)
+        index = index_of(rows, call.x.device)
         texts = call.lanes.prompt_embeds[len(seeds) + index]
         measured: dict[str, Tensor] = {}
         if question.probes:
             lid = self._lid(call.x[index], call.conditional[index], texts, [seeds[row] for row in rows])
             measured |= {"trajectory_lid_control": control.lid[index], "trajectory_lid": lid}
         if question.seeds:
-            others = control.others[index][:, list(question.seeds)]
+            others = control.others[index][:, question.seeds.start : question.seeds.stop]
             agreements = self._agreements(call, others, texts, index)
             measured["excess_agreement"] = mean_agreement(seen, rows, agreements, question.seeds)
         return add_probed(seen, measured, rows, question.probes + len(question.seeds))
@@ -341,7 +350,7 @@ class QuickScreener:
         return torch.cat(parts)[: len(x)]
 
     def _records(self, seen: Sequence[Observation], scores: Sequence[float], seeds: Sequence[int]) -> list[GuardRecord]:
-        table = [(each, {name: value.tolist() for name, value in each.values.items()}) for each in seen]
+        table = read_values(seen)
         lanes = [sum(spent) for spent in zip(*(each.lanes for each in seen), strict=True)]
         digest = self.fingerprint.digest
         records: list[GuardRecord] = []
@@ -357,8 +366,7 @@ class QuickScreener:
                     dimension=seen[-1].dimension,
                     statistics=tuple(
                         StatisticValue(each.step, name, *STATISTICS[name], values[row])
-                        for each, measured in table
-                        for name, values in measured.items()
+                        for each, name, values in table
                         if each.has(name, row)
                     ),
                     attempts=(),

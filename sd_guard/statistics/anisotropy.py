@@ -67,6 +67,6 @@ class Anisotropy:
         step = min(round(self.low_noise * len(model.alphas_cumprod)), len(model.alphas_cumprod) - 1)
         level = NoiseLevel.from_alpha_bar(float(model.alphas_cumprod[step]))
         x = torch.cat([call.x, call.x])
-        output = evaluate_lanes(model.unet, x, torch.tensor(step, device=x.device), call.lanes)
+        output = evaluate_lanes(model.unet, x, torch.full((), step, device=x.device), call.lanes)
         control, conditional = interpret(output, x, level, model.prediction_type).e_hat.chunk(2)
         return cosine_similarity(control, conditional - control, dim=1).mean((1, 2))

@@ -81,7 +81,7 @@ def predict_at(model: Denoiser, timestep: int, lanes: Conditioning) -> tuple[Noi
     level = NoiseLevel.from_alpha_bar(float(model.alphas_cumprod[timestep]))
 
     def predict(x: Tensor) -> Tensor:
-        output = evaluate_lanes(model.unet, x, torch.tensor(timestep, device=x.device), lanes)
+        output = evaluate_lanes(model.unet, x, torch.full((), timestep, device=x.device), lanes)
         return interpret(output, x, level, model.prediction_type).e_hat
 
     return level, predict

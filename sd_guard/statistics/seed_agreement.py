@@ -20,6 +20,7 @@ from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.noise import CLEAR_SIGMA, NoiseLevel, Prediction, interpret, nearest_level
 from sd_guard.statistics.base import Denoiser, StepCall
 from sd_guard.statistics.sharpness import persistence
+from sd_guard.transfers import send
 
 # Where the other seed is looked at, as sigma = s / a. Chosen on `tune` rows of six reference checkpoints, where 3 and 7
 # did hardly worse.
@@ -46,7 +47,7 @@ def other_noise(seeds: Sequence[int], like: Tensor, number: int = 0) -> Tensor:
     """(N, C, H, W) Gaussian, of shape, dtype and device of `like`; depends on each seed and `number` only."""
     keys = [(seed + 0xD1B54A32D192ED03 * (number + 1)) % 2**63 for seed in seeds]  # far from the seed's other uses
     noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(key)) for key in keys]
-    return torch.stack(noise).to(like)
+    return send(torch.stack(noise).to(like.dtype), like.device)
 
 
 def step_down(ahead: Prediction, level: NoiseLevel) -> Tensor:
@@ -74,7 +75,7 @@ def predict_from_other_seed(
 
     def predict(x: Tensor, place: tuple[int, NoiseLevel]) -> Prediction:
         timestep, level = place
-        own = torch.tensor(timestep, device=x.device, dtype=model.timestep_dtype)
+        own = torch.full((), timestep, device=x.device, dtype=model.timestep_dtype)
         output = evaluate_lanes(model.unet, x, own, lanes)
         return interpret(output, x, level, model.prediction_type)
 
