@@ -70,6 +70,8 @@ class Session:
         guard, count, clear = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
         self.watch = Watch(clear, guard.steps(count, clear), guard.later_steps(count, clear), seeds)
+        if not (self.inputs.guided and self.inputs.control_is_empty):
+            self._empty()  # will be needed: where models take turns on the device, the text encoder's is now
         self._keep(pipe, 0, latents)
         self._read_level(pipe, 0)
 

@@ -1,79 +1,131 @@
-"""How often the guard makes the host wait for a result, in the sampling loop with nothing flagged and no doubt."""
+"""How often the guard makes the host wait for the device, seen by a device that is none (`tests/faraway.py`)."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from tiny import build, components, seeded
-from torch.overrides import TorchFunctionMode
 
-from sd_guard.bench.base import NOBODY
+from sd_guard.bench.base import EVERYBODY, NOBODY
+from sd_guard.detection import PrematureDetail
 from sd_guard.guard import Guard
+from sd_guard.mitigation import MITIGATIONS, Mitigation
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
+from sd_guard.policy import Policy
+from sd_guard.screening.quick import QuickScreener
+from sd_guard.screening.settings import ModelSettings
+
+faraway = pytest.importorskip("faraway", reason="needs torch with devices in Python", exc_type=ImportError)
 
 STEPS = 10
-# What brings a tensor's content to Python: on a GPU, the host waits for it.
-READING = "tolist item cpu numpy __int__ __float__ __bool__ __index__ __complex__ nonzero unique equal allclose".split()
+LATER = [step for step in Guard().later_steps(STEPS) if step < STEPS - 1]  # what the last waits for, all do
+ARGUMENTS = [{}, {"guidance_scale": 1.0}, {"negative_prompt": ["blurry"] * 2}]
+FLAG_ALL = PrematureDetail(threshold=-math.inf)
+# Those that differentiate cannot: autograd does not run on a device that is written in Python.
+PLANS: dict[str, Sequence[Mitigation]] = {"default": Guard().plan} | {
+    name: (mitigation(),)
+    for name, mitigation in MITIGATIONS.items()
+    if name not in ("later", "embedding_optimisation", "token_replacement", "noise_optimisation")
+}
+FINGERPRINT = ("from the device", "fingerprint.py:_read_weights")  # once
+# Where a decision is read from. Guidance that follows its own strength reads it at each step.
+DECISIONS = {
+    "detection.py:decide",
+    "session.py:_look_again",
+    "escalation.py:_compare",
+    "escalation.py:_best",
+    "prompt.py:_judge",
+    "reanchoring.py:_shares",
+    "replay.py:go_on",
+}
 
 
-class CountReads(TorchFunctionMode):
-    """Counts reads of tensors between a call's first and last UNet call.
-
-    The tables of noise levels stay on the CPU whatever the device, so that reading them waits for nothing.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        super().__init__()
-        self.pipe, self.calls, self.count = pipe, 0, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside = 0 < self.calls < STEPS
-        if inside and func.__name__ in READING and isinstance(args[0], torch.Tensor) and not self._is_table(args[0]):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-    def _is_table(self, tensor: torch.Tensor) -> bool:
-        scheduler = self.pipe.scheduler
-        tables = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
-        own = tensor.untyped_storage().data_ptr()
-        return own in [table.untyped_storage().data_ptr() for table in tables if isinstance(table, torch.Tensor)]
+def far(cls: Any, scheduler: str = "euler") -> Any:
+    return build(cls, components(), scheduler).to(faraway.faraway())
 
 
-def reads(pipe: Any) -> int:
-    with CountReads(pipe) as counter:
-
-        def count(*_: Any) -> None:
-            counter.calls += 1
-
-        hook = pipe.unet.register_forward_pre_hook(count)
-        pipe(["a dog", "x"], num_inference_steps=STEPS, generator=seeded(1, 2), output_type="latent")
+def waits(pipe: Any, **arguments: Any) -> list[Any]:
+    """What was waited for between the first and the last UNet call of the loop."""
+    own = {"prompt": ["a dog", "x"], "num_inference_steps": STEPS, "output_type": "latent"}
+    with faraway.noted() as noted:
+        marks: list[int] = []
+        hook = pipe.unet.register_forward_pre_hook(lambda *_: marks.append(len(noted)))
+        pipe(generator=seeded(1, 2), **(own | arguments))
         hook.remove()
-    assert counter.calls == STEPS
-    return counter.count
+        return noted[marks[0] : marks[-1]]
 
 
-def test_the_counter_sees_a_read_in_the_loop() -> None:
-    pipe = build(StableDiffusionPipeline, components(), "euler")
-    before = reads(pipe)
-
-    def peek(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        return tensors if step else {"latents": tensors["latents"] * float(tensors["latents"].isfinite().all())}
-
-    original = pipe.__class__.__call__
-    pipe.__class__ = type("Peeking", (type(pipe),), {})
-    type(pipe).__call__ = lambda self, *a, **k: original(self, *a, callback_on_step_end=peek, **k)
-    assert reads(pipe) == before + 1
+def ours(noted: list[Any]) -> Counter[tuple[str, str]]:
+    return Counter((wait.what, wait.line) for wait in noted if wait.ours)
 
 
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
 @pytest.mark.parametrize("scheduler", ["euler", "dpm_multistep", "ddim"])
-def test_the_guard_waits_where_it_decides_and_looks_again(scheduler: str) -> None:
-    parts = components()
-    plain = reads(build(StableDiffusionPipeline, parts, scheduler))
-    pipe = build(GuardedStableDiffusionPipeline, parts, scheduler)
+def test_with_nothing_in_doubt_it_waits_where_it_decides_and_looks_again(
+    scheduler: str, arguments: dict[str, Any]
+) -> None:
+    plain = waits(far(StableDiffusionPipeline, scheduler), **arguments)
+    pipe = far(GuardedStableDiffusionPipeline, scheduler)
     pipe.enable_guard(Guard(detector=NOBODY))
-    later = [step for step in Guard().later_steps(STEPS) if step < STEPS - 1]  # what the last waits for, all do
-    weights = 2 * 2  # of UNet and text encoder, for the fingerprint: taken once
-    assert [reads(pipe) - plain for _ in range(2)] == [1 + len(later) + weights, 1 + len(later)]
+    first, second = (waits(pipe, **arguments) for _ in range(2))
+    decided = Counter({("read", "detection.py:decide"): 1, ("read", "session.py:_look_again"): len(LATER)})
+    assert ours(second) == decided
+    weights = ours(first) - decided
+    assert set(weights) == {FINGERPRINT}
+    assert [len(first), len(second)] == [len(plain) + decided.total() + weights.total(), len(plain) + decided.total()]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_a_question_costs_one_wait_for_its_answer(arguments: dict[str, Any]) -> None:
+    pipe = far(GuardedStableDiffusionPipeline)
+    pipe.enable_guard(Guard(detector=EVERYBODY))
+    waits(pipe, **arguments)
+    asked = len(Guard().questions)
+    assert ours(waits(pipe, **arguments)) == {
+        ("read", "detection.py:decide"): 1 + asked,
+        ("read", "session.py:_look_again"): len(LATER),
+    }
+
+
+@pytest.mark.parametrize(
+    ("plan", "on_failure"),
+    [*((name, "blank") for name in PLANS), ("default", "keep"), ("lower_guidance", "keep")],
+)
+def test_flagged_images_wait_for_decisions_only(plan: str, on_failure: Any) -> None:
+    pipe = far(GuardedStableDiffusionPipeline)
+    pipe.enable_guard(Guard(detector=FLAG_ALL, plan=PLANS[plan], policy=Policy(budget=200, on_failure=on_failure)))
+    found = ours(waits(pipe)) - Counter({FINGERPRINT: 10})
+    assert {what for what, _ in found} == {"read"}
+    assert {line for _, line in found} <= DECISIONS
+    assert found["read", "escalation.py:_compare"] > 0
+
+
+@pytest.mark.parametrize(("detector", "reads"), [(NOBODY, 1), (EVERYBODY, 1 + len(Guard().questions))])
+def test_quick_depth_waits_for_decisions_only(detector: PrematureDetail, reads: int) -> None:
+    pipe = far(GuardedStableDiffusionPipeline)
+    model = ModelSettings(model="tiny/random", steps=8)
+    screener = QuickScreener.make(pipe, model, batch_size=2, guard=Guard(detector=detector))
+    prompts = ["a dog", "x", "a red cat", "blue"]
+    screener.measure(prompts, [0] * 4)
+    with faraway.noted() as noted:
+        screener.measure(prompts, [0] * 4)
+    assert ours(noted) == {("read", "detection.py:decide"): reads, ("read", "observation.py:read_values"): 1}
+
+
+def test_a_copy_that_blocks_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def index_of(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+        return torch.tensor(list(rows), device=device)
+
+    pipe = far(GuardedStableDiffusionPipeline)
+    pipe.enable_guard(Guard(detector=EVERYBODY))
+    waits(pipe)
+    before = len(waits(pipe))
+    monkeypatch.setattr("sd_guard.observation.index_of", index_of)
+    noted = waits(pipe)
+    assert Counter(wait.line for wait in noted)["test_synchronisation.py:index_of"] == len(noted) - before > 0

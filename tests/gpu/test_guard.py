@@ -197,14 +197,15 @@ def synchronisations() -> Iterator[list[warnings.WarningMessage]]:
 
 
 @pytest.mark.gpu
-def test_the_host_waits_twice_more_in_the_loop_with_nothing_flagged(
-    synchronisations: list[warnings.WarningMessage],
+@pytest.mark.parametrize(("detector", "more"), [(NOBODY, 2), (EVERYBODY, 2 + len(Guard().questions))])
+def test_the_host_waits_in_the_loop_for_decisions_only(
+    synchronisations: list[warnings.WarningMessage], detector: PrematureDetail, more: int
 ) -> None:
     """As tests/bench/test_synchronisation.py counts on the CPU, but by what CUDA itself sees, with a level by index."""
     pipe = on("cuda", "float16")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     counts = []
-    for guard in (None, Guard(detector=NOBODY)):
+    for guard in (None, Guard(detector=detector)):
         pipe.disable_guard()
         if guard is not None:
             pipe.enable_guard(guard)
@@ -214,7 +215,7 @@ def test_the_host_waits_twice_more_in_the_loop_with_nothing_flagged(
         sample(pipe)
         hook.remove()
         counts.append(marks[-1] - marks[0])
-    assert counts[1] - counts[0] == 2
+    assert counts[1] - counts[0] == more
 
 
 def waits(caught: list[warnings.WarningMessage]) -> int:
