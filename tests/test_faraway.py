@@ -156,6 +156,22 @@ def test_flagged_images_are_mitigated_there_as_here(there: torch.device, schedul
     torch.testing.assert_close(outputs[1].images.cpu(), outputs[0].images, rtol=1e-2, atol=1e-1)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"guidance_scale": 1.0}], ids=str)
+def test_models_that_take_turns_there_change_nothing(there: torch.device, arguments: dict[str, Any]) -> None:
+    outputs = []
+    for offload in (False, True):
+        pipe = build(GuardedStableDiffusionPipeline, components(), "euler")
+        if offload:
+            pipe.enable_model_cpu_offload(device=there)
+        else:
+            pipe.to(there)
+        pipe.enable_guard(Guard(detector=PrematureDetail(threshold=-math.inf)))
+        own = {"num_inference_steps": 10, "output_type": "pt"} | arguments
+        outputs.append(pipe(PROMPTS, generator=seeded(*SEEDS), **own))
+    assert torch.equal(outputs[0].images.cpu(), outputs[1].images.cpu())
+    assert outputs[0].records == outputs[1].records
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])
 def test_quick_depth_scores_there_as_here(there: torch.device, scheduler: str) -> None:
     scores = []
