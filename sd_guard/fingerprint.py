@@ -132,13 +132,13 @@ def _dtype_of(module: Any) -> str:
 
 def _parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """As `module.parameters()`, in another order: without names, which take as long as all else that a call checks."""
-    held: list[torch.nn.Parameter] = []
-    modules = [module]
-    while modules:
-        one = modules.pop()
-        held += [weight for weight in one._parameters.values() if weight is not None]
-        modules += [child for child in one._modules.values() if child is not None]
-    return held
+    held: list[torch.nn.Parameter | None] = []
+    modules: list[torch.nn.Module | None] = [module]
+    for one in modules:  # which grows
+        if one is not None:
+            held += one._parameters.values()
+            modules += one._modules.values()
+    return [weight for weight in held if weight is not None]
 
 
 def _digest(value: Any) -> str:

@@ -44,9 +44,7 @@ def detail(x0_hat: Tensor) -> Tensor:
         (B,) float32 or better, in the latent's units, at least 0.
     """
     x = x0_hat if x0_hat.dtype == torch.float64 else x0_hat.float()
-    if min(x.shape[-2:]) >= 4:
-        x = x[..., 1:-1, 1:-1]
-    return (x.diff(dim=-1).abs().mean(dim=(1, 2, 3)) + x.diff(dim=-2).abs().mean(dim=(1, 2, 3))) / 2
+    return _detail_of(x.diff(dim=-1), x.diff(dim=-2))
 
 
 def log_detail_ratio(x0_hat: Tensor, x0_hat_control: Tensor) -> Tensor:
@@ -174,14 +172,17 @@ def persistence(then: Tensor, now: Tensor) -> Tensor:
         (B,) float32 in [-1, 1]; NaN for latents of a single pixel, which have no differences.
     """
     pictures = torch.cat([then, now])  # at once, as all that follows: it is taken within sampling
-    before, after = _edges(pictures.float()).chunk(2)
+    x = pictures if pictures.dtype == torch.float64 else pictures.float()
+    across, down = x.diff(dim=-1), x.diff(dim=-2)
+    before, after = _edges(across.float(), down.float()).chunk(2)
     side = max(2, round(_WINDOW * min(then.shape[-2:])))
     window = [min(side, size) for size in then.shape[-2:]]
-    products = torch.cat([before * after, before * before, after * after]).sum(1, keepdim=True)
-    shared, own, other = torch.nn.functional.avg_pool2d(products, window, stride=1).flatten(1).chunk(3)
-    faint = [_FAINT * energy.mean(1, keepdim=True) + _TINY for energy in (own, other)]
-    cosine = shared / ((own + faint[0]) * (other + faint[1])).sqrt()
-    structured = (torch.minimum(*detail(pictures).chunk(2)) / PLAIN).clamp(max=1.0)
+    products = (torch.cat([before, before, after]) * torch.cat([after, before, after])).sum(1, keepdim=True)
+    pooled = torch.nn.functional.avg_pool2d(products, window, stride=1).flatten(1)
+    shared, energies = pooled[: len(then)], pooled[len(then) :].reshape(2, len(then), pooled.shape[1])
+    faint = _FAINT * energies.mean(2, keepdim=True) + _TINY
+    cosine = shared / (energies + faint).prod(0).sqrt()
+    structured = (torch.minimum(*_detail_of(across, down).chunk(2)) / PLAIN).clamp(max=1.0)
     return structured * cosine.topk(-(-cosine.shape[1] // 2), dim=1).values.mean(1).clamp(-1.0, 1.0)
 
 
@@ -262,7 +263,14 @@ def _differences(x: Tensor) -> Tensor:
     return torch.cat([x.float().diff(dim=axis).flatten(1) for axis in (-1, -2)], dim=1)
 
 
-def _edges(x: Tensor) -> Tensor:
-    """(B, 2C, H, W) differences of neighbouring pixels along both axes, 0 at the far border."""
+def _edges(across: Tensor, down: Tensor) -> Tensor:
+    """(B, 2C, H, W) of (B, C, H, W - 1) and (B, C, H - 1, W) differences, 0 at the far border."""
     pad = torch.nn.functional.pad
-    return torch.cat([pad(x.diff(dim=-1), (0, 1)), pad(x.diff(dim=-2), (0, 0, 0, 1))], dim=1)
+    return torch.cat([pad(across, (0, 1)), pad(down, (0, 0, 0, 1))], dim=1)
+
+
+def _detail_of(across: Tensor, down: Tensor) -> Tensor:
+    """`detail`, of the same differences."""
+    if min(across.shape[-2], down.shape[-1]) >= 4:
+        across, down = across[..., 1:-1, 1:-1], down[..., 1:-1, 1:-1]
+    return (across.abs().mean(dim=(1, 2, 3)) + down.abs().mean(dim=(1, 2, 3))) / 2
