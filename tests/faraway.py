@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import get_ident
 from types import ModuleType
 from typing import Any
 
@@ -36,21 +37,24 @@ class Wait:
     ours: bool  # whether it is the guard's
 
 
-_waits: list[Wait] = []
+_waits: dict[int, list[Wait]] = {}  # by thread
 
 
 @contextmanager
 def noted() -> Iterator[list[Wait]]:
-    """What is waited for in the meantime, in a list that grows."""
-    _waits.clear()
-    yield _waits
+    """What this thread waits for in the meantime, in a list that grows."""
+    _waits[get_ident()] = own = []
+    yield own
+    del _waits[get_ident()]
 
 
 def _note(what: str) -> None:
+    if get_ident() not in _waits:
+        return
     frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
     frame = [frame for frame in frames if frame.filename != __file__][-1]
     line = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.name}"
-    _waits.append(Wait(what, line, "/sd_guard/" in frame.filename))
+    _waits[get_ident()].append(Wait(what, line, "/sd_guard/" in frame.filename))
 
 
 class Far(Tensor):

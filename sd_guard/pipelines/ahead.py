@@ -1,4 +1,4 @@
-"""Texts that are encoded before the call that needs them, where the parts of a pipeline can work side by side."""
+"""What a thread of its own does before it is needed, where the parts of a pipeline can work side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 _SIGNATURE = inspect.signature(StableDiffusionPipeline.encode_prompt)
 _KEPT = 2  # that of the call to come, and that of the one after it
 
+T = TypeVar("T")
 Texts: TypeAlias = tuple[tuple[str, Any], ...]
 
 
@@ -37,6 +38,42 @@ def take_turns(*parts: Any) -> bool:
     return any(hasattr(part, "_hf_hook") for part in parts)
 
 
+def on_a_thread(work: Callable[[], T]) -> Future[T]:
+    """Has a thread of its own do the work; what it raises is raised where the result is asked for."""
+    coming: Future[T] = Future()
+
+    @torch.no_grad()
+    def run() -> None:
+        try:
+            coming.set_result(work())
+        except BaseException as error:
+            coming.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return coming
+
+
+class Once(Generic[T]):
+    """A value that is worked out once: by a thread, where that was begun before, or by whoever asks first."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        """Nothing is begun."""
+        self._work = work
+        self._coming: Future[T] | None = None
+
+    def begin(self) -> None:
+        """Has a thread do it, unless it is done or begun."""
+        if self._coming is None:
+            self._coming = on_a_thread(self._work)
+
+    def __call__(self) -> T:
+        """The value, waited for if need be."""
+        if self._coming is None:
+            self._coming = Future()
+            self._coming.set_result(self._work())
+        return self._coming.result()
+
+
 class Ahead:
     """Encodes texts on threads of their own, and keeps the latest two until they are asked for."""
 
@@ -48,19 +85,9 @@ class Ahead:
         """Has `encode` called, unless these texts are on their way."""
         if texts in self._coming:
             return
-        coming: Future[Any] = Future()
-
-        @torch.no_grad()
-        def work() -> None:
-            try:
-                coming.set_result(encode())
-            except BaseException as error:  # to be raised where it is waited for
-                coming.set_exception(error)
-
-        self._coming[texts] = coming
+        self._coming[texts] = on_a_thread(encode)
         for oldest in list(self._coming)[:-_KEPT]:
             del self._coming[oldest]
-        Thread(target=work, daemon=True).start()
 
     def take(self, texts: Texts | None) -> Future[Any] | None:
         """What is on its way for these texts, once; None if nothing is."""

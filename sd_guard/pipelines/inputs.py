@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.noise import PredictionType
+from sd_guard.pipelines.ahead import Once
 from sd_guard.snapshots import Generators
 
 # Locals of the host's denoising loop that a guarded call reads at the end of a step, with guidance and without.
@@ -39,7 +40,7 @@ class CallInputs:
         guidance_rescale: as given.
         eta: as given.
         encode: prompts to (N, tokens, width) embeddings, as the host would.
-        fingerprint: takes that of this configuration, once.
+        fingerprint: of this configuration.
     """
 
     prompts: list[str] | None
@@ -51,7 +52,7 @@ class CallInputs:
     guidance_rescale: float
     eta: float
     encode: Callable[[Sequence[str]], Tensor]
-    fingerprint: Callable[[], Fingerprint]
+    fingerprint: Once[Fingerprint]
 
     def seed_of(self, row: int) -> int | None:
         """Initial seed of an image's generator; None without one."""

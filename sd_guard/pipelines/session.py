@@ -66,6 +66,7 @@ class Session:
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
+        self.inputs.fingerprint.begin()  # while a GPU is at work; the records are the first to need it
         self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
         guard, count, clear = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
@@ -145,7 +146,6 @@ class Session:
         self.control = interpret(call.control, call.x, call.level, prediction_type(pipe)).x0_hat
         as_much = (2 if self.inputs.guided else 1) * len(pipe.scheduler.timesteps)
         budget = as_much if policy.budget is None else policy.budget
-        self.inputs.fingerprint()  # here, where the GPU is still at work on the step, and is waited for next
 
         def ask(seen: Observation, doubtful: Sequence[int], question: Question) -> Observation:
             return probe(seen, call, denoiser_of(pipe, watch.seeds, rows=rows), doubtful, question)

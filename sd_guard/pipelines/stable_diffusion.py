@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -19,10 +18,10 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from sd_guard.calibration import Calibration
-from sd_guard.fingerprint import Fingerprint, take_fingerprint
+from sd_guard.fingerprint import take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import check_scheduler
-from sd_guard.pipelines.ahead import Ahead, take_turns, texts_of
+from sd_guard.pipelines.ahead import Ahead, Once, take_turns, texts_of
 from sd_guard.pipelines.inputs import GUIDED_TENSORS, LOOP_TENSORS, CallInputs
 from sd_guard.pipelines.outputs import blank_images
 from sd_guard.pipelines.session import Session
@@ -247,10 +246,9 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         guidance = {name: arguments[name] for name in ("guidance_scale", "guidance_rescale")}
         size = _size_of(arguments, self.vae_scale_factor)
 
-        @cache
-        def fingerprint() -> Fingerprint:
-            return take_fingerprint(self, steps=steps, eta=arguments["eta"], schedule=custom, **size, **guidance)
-
+        fingerprint = Once(
+            lambda: take_fingerprint(self, steps=steps, eta=arguments["eta"], schedule=custom, **size, **guidance)
+        )
         if self._calibration is not None:
             self._calibration.check(fingerprint())
         if take_turns(self.unet, self.text_encoder):

@@ -12,7 +12,7 @@ import torch
 from pipelines.calls import PROMPTS, latents_of
 from tiny import watching
 
-from sd_guard.pipelines import ahead
+from sd_guard.pipelines import ahead, stable_diffusion
 
 
 @contextmanager
@@ -109,3 +109,45 @@ def test_parts_that_take_turns_encode_nothing_ahead(guarded: Any, monkeypatch: p
         pipe.encode_ahead(PROMPTS)
     assert pipe._ahead is None
     assert not seen
+
+
+def test_what_is_needed_once_is_worked_out_once() -> None:
+    here, seen = threading.get_ident(), []
+
+    def work() -> int:
+        seen.append(threading.get_ident() == here)
+        return len(seen)
+
+    begun, asked = ahead.Once(work), ahead.Once(work)
+    begun.begin()
+    begun.begin()
+    assert [begun(), begun()] == [1, 1]
+    assert [asked(), asked()] == [2, 2]
+    asked.begin()
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_fails_is_raised_where_it_is_needed(begun: bool) -> None:
+    def work() -> None:
+        raise ValueError("no weights")
+
+    once = ahead.Once(work)
+    if begun:
+        once.begin()
+    with pytest.raises(ValueError, match="no weights"):
+        once()
+
+
+def test_the_fingerprint_is_taken_beside_the_loop(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, seen = threading.get_ident(), []
+    take = stable_diffusion.take_fingerprint
+
+    def look(*args: Any, **options: Any) -> Any:
+        seen.append(threading.get_ident() == here)
+        return take(*args, **options)
+
+    monkeypatch.setattr(stable_diffusion, "take_fingerprint", look)
+    output, _ = latents_of(guarded(watching()))
+    assert seen == [False]
+    assert len({record.fingerprint for record in output.records}) == 1
