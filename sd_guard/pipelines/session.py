@@ -66,7 +66,6 @@ class Session:
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
-        self.inputs.fingerprint.begin()  # while a GPU is at work; the records are the first to need it
         self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
         guard, count, clear = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
@@ -101,6 +100,7 @@ class Session:
         if step + 1 == count:
             tensors = self._deliver(tensors)
             self._verify(tensors["latents"])
+            self.inputs.fingerprint.begin()  # the host is about to wait until the images are decoded
         self._read_level(pipe, step + 1)
         return self._write_texts(tensors, step + 1, count)
 

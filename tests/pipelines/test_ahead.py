@@ -139,7 +139,7 @@ def test_what_fails_is_raised_where_it_is_needed(begun: bool) -> None:
         once()
 
 
-def test_the_fingerprint_is_taken_beside_the_loop(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_is_taken_beside_the_call(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     here, seen = threading.get_ident(), []
     take = stable_diffusion.take_fingerprint
 
