@@ -46,12 +46,20 @@ class OneShape:
 
 
 def of_one_shape(unet: Any, rows: int) -> Unet:
-    """The UNet itself, or where it is compiled, in calls of this many rows."""
-    return OneShape(unet, rows) if is_compiled_module(unet) or _is_compiled_in_place(unet) else unet
+    """The UNet itself, or where it or its blocks are compiled, in calls of this many rows."""
+    compiled = is_compiled_module(unet) or _is_compiled_in_place(unet) or _has_compiled_blocks(unet)
+    return OneShape(unet, rows) if compiled else unet
 
 
 def _is_compiled_in_place(module: Any) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _has_compiled_blocks(unet: Any) -> bool:
+    """Whether diffusers' `compile_repeated_blocks` was called, which compiles all blocks of a kind: the first tells."""
+    kinds = getattr(unet, "_repeated_blocks", None) or ()
+    first = next((part for part in unet.modules() if type(part).__name__ in kinds), None) if kinds else None
+    return first is not None and _is_compiled_in_place(first)
 
 
 class _Stance:

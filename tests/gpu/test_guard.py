@@ -148,6 +148,11 @@ def compile_unet(pipe: Any) -> None:
     pipe.unet = torch.compile(pipe.unet)
 
 
+def compile_blocks(pipe: Any) -> None:
+    pytest.importorskip("triton")
+    pipe.unet.compile_repeated_blocks(fullgraph=True)
+
+
 def record_graphs(pipe: Any) -> None:
     """CUDA graphs: each output is written over the last one."""
     pytest.importorskip("triton")
@@ -155,7 +160,7 @@ def record_graphs(pipe: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("change", [use_xformers, compile_unet, record_graphs])
+@pytest.mark.parametrize("change", [use_xformers, compile_unet, compile_blocks, record_graphs])
 def test_other_kernels_change_no_verdict_and_the_guard_no_image_with_them(change: Callable[[Any], None]) -> None:
     pipe = on("cuda", "float16")
     pipe.enable_guard(Guard(detector=EVERYBODY))

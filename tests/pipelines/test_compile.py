@@ -22,6 +22,8 @@ from sd_guard.policy import Policy
 from sd_guard.screening.quick import QuickScreener
 from sd_guard.screening.settings import ModelSettings
 
+HOW = ["wrapped", "in place", "blocks"]
+
 
 class Graphs:
     """A compiler whose graphs are the code itself, numbered; notes each that is run."""
@@ -55,10 +57,10 @@ def test_without_the_guard_another_batch_takes_the_graph_of_the_first_one(graphs
     assert graphs.run == [0, 1, 1]
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("count", [1, 3])
 def test_nothing_is_compiled_for_the_guard_whoever_is_in_doubt_or_flagged(
-    guarded: Any, own_parts: dict[str, Any], graphs: Graphs, count: int, in_place: bool
+    guarded: Any, own_parts: dict[str, Any], graphs: Graphs, count: int, how: str
 ) -> None:
     pipe = build(GuardedStableDiffusionPipeline, own_parts)
     pipe.enable_guard(watching(doubt=EVERYBODY))
@@ -68,7 +70,7 @@ def test_nothing_is_compiled_for_the_guard_whoever_is_in_doubt_or_flagged(
         return scores_of(latents_of(pipe, **call | {"generator": seeded(1, 2, 3)[:count]})[0])
 
     scores = sorted(sample())
-    compiled(pipe, graphs, in_place)
+    compiled(pipe, graphs, how)
     pipe.disable_guard()
     latents_of(pipe, **call)
     made, pattern = graphs.made, list(graphs.run)
@@ -85,24 +87,26 @@ def test_nothing_is_compiled_for_the_guard_whoever_is_in_doubt_or_flagged(
     assert graphs.run == pattern
 
 
-def compiled(pipe: Any, graphs: Graphs, in_place: bool) -> Any:
+def compiled(pipe: Any, graphs: Graphs, how: str) -> Any:
     """The UNet itself, which has been compiled."""
     unet = pipe.unet
-    if in_place:
+    if how == "in place":
         unet.compile(backend=graphs)
+    elif how == "blocks":
+        unet.compile_repeated_blocks(backend=graphs)
     else:
         pipe.unet = torch.compile(unet, backend=graphs)
     return unet
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("other_seeds", [0, 2])
 def test_detection_has_calls_of_the_samplers_shape_only(
-    own_parts: dict[str, Any], graphs: Graphs, other_seeds: int, in_place: bool
+    own_parts: dict[str, Any], graphs: Graphs, other_seeds: int, how: str
 ) -> None:
     """With a negative prompt, the control is one more."""
     pipe = build(GuardedStableDiffusionPipeline, own_parts)
-    unet = compiled(pipe, graphs, in_place)
+    unet = compiled(pipe, graphs, how)
     pipe.enable_guard(watching(doubt=EVERYBODY))
     scores = sorted(scores_of(latents_of(pipe)[0]))
     for negative in (None, "grey"):
@@ -121,7 +125,7 @@ def test_detection_runs_the_samplers_graph(
 ) -> None:
     """Whatever differs in a call's arguments, were it the timestep's dtype, would have it run without."""
     pipe = build(GuardedStableDiffusionPipeline, own_parts, scheduler)
-    unet = compiled(pipe, graphs, False)
+    unet = compiled(pipe, graphs, "wrapped")
     pipe.disable_guard()
     with CountLanes(unet) as counted:
         latents_of(pipe, **arguments)
@@ -138,7 +142,7 @@ def test_a_single_image_that_is_sampled_again_has_the_samplers_shape_throughout(
     own_parts: dict[str, Any], graphs: Graphs
 ) -> None:
     pipe = build(GuardedStableDiffusionPipeline, own_parts)
-    unet = compiled(pipe, graphs, False)
+    unet = compiled(pipe, graphs, "wrapped")
     pipe.enable_guard(watching(-math.inf, doubt=EVERYBODY, other_seeds=2), budget=1000)
     for negative in (None, "grey"):
         with CountLanes(unet) as counted:
