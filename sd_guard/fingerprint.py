@@ -110,7 +110,7 @@ def _read_weights(module: Any) -> _Weights:
     """By entries in float16, so that weights stored in half precision give one digest in float16 and float32.
 
     Kept until a weight is moved or written to: reading hundreds of tensors, and asking diffusers for their dtype, costs
-    more than a sampling step should.
+    more than a sampling step should. Torch does not say of what is written through `.data`: see `forget_weights`.
     """
     held = _parameters_of(module)
     if any(weight.is_meta for weight in held):
@@ -124,6 +124,13 @@ def _read_weights(module: Any) -> _Weights:
         digest = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
         _read[module] = known = (state, _Weights(digest, _dtype_of(module)))
     return known[1]
+
+
+def forget_weights(*modules: Any) -> None:
+    """Has these modules' weights read again: they were written through `.data`, as a LoRA is that peft fuses."""
+    for module in modules:
+        if module is not None:
+            _read.pop(module, None)
 
 
 def _dtype_of(module: Any) -> str:

@@ -17,9 +17,10 @@ _AT_ONCE: Final = 2**16  # bytes that CUDA takes from ordinary memory without wa
 
 def send(values: Tensor, device: torch.device) -> Tensor:
     """`values` on that device; those of the CPU are not to be written to afterwards."""
-    if device.type == "cuda" and values.nbytes > _AT_ONCE and not values.is_cuda:
+    here = values.device.type == "cpu"  # what comes to the host has to be waited for
+    if here and device.type == "cuda" and values.nbytes > _AT_ONCE:
         values = values.pin_memory()
-    return values.to(device, non_blocking=device.type != "mps")  # MPS may read what is not there yet
+    return values.to(device, non_blocking=here and device.type != "mps")  # MPS may read what is not there yet
 
 
 def index_of(rows: Sequence[int], device: torch.device) -> Tensor:

@@ -24,8 +24,23 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 aten = torch.ops.aten
 FARAWAY = torch.device("privateuseone:0")
 _COPIES = (aten._to_copy.default, aten.copy_.default, aten._copy_from.default)
-_READS = (aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.bincount)
+_READS = (
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.bincount,
+    aten.repeat_interleave,
+    aten._linalg_svd,
+    aten._linalg_solve_ex,
+    aten.linalg_cholesky_ex,
+)
 _BY_INDEX = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+_WHOLE = (aten.cat, aten.stack, aten.index_select, aten.index_copy, aten.gather, aten.scatter)  # take no number along
+_AT_ONCE = 2**16  # bytes that a driver takes from ordinary memory without waiting
 
 
 @dataclass(frozen=True)
@@ -106,9 +121,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     arrives = devices[0].type == FARAWAY.type if devices else bool(far)
     here, named = pytree.tree_unflatten([_nearby(leaf) for leaf in leaves], tree)
     named.pop("pin_memory", None)
+    if arrives and any(isinstance(leaf, torch.Generator) for leaf in leaves):
+        raise RuntimeError(f"{func.name()}: expected a generator of that device, and there is none")
     if func in _COPIES:
         return _copy(func, args, kwargs, here, named, arrives)
-    _watch(func, far, near)
+    _watch(func, args, far, near)
     outputs, known = func(*here, **named), {id(tensor.near): tensor for tensor in far}
     if not arrives:
         return outputs
@@ -121,14 +138,16 @@ def _nearby(leaf: Any) -> Any:
     return leaf.near if isinstance(leaf, Far) else leaf
 
 
-def _watch(func: Any, far: list[Far], near: list[Tensor]) -> None:
+def _watch(func: Any, args: Any, far: list[Far], near: list[Tensor]) -> None:
     """Notes what an operation waits for; refuses tensors of two devices, but for numbers, and indices of the host."""
-    by_mask = func.overloadpacket in _BY_INDEX and any(each.dtype == torch.bool for each in far[1:])
-    if far and (func.overloadpacket in _READS or by_mask):
+    packet = func.overloadpacket
+    by_mask = packet in _BY_INDEX and any(each.dtype == torch.bool for each in far[1:])
+    if far and (packet in _READS or by_mask):
         _note("read")
-    if not far or not any(tensor.ndim for tensor in near):
+    if not far or not any(tensor.ndim or packet in _WHOLE for tensor in near):
         return
-    if func.overloadpacket not in _BY_INDEX:
+    values = [args[0], *args[2:3]]  # of an operation by index
+    if packet not in _BY_INDEX or any(tensor.ndim and tensor is each for tensor in near for each in values):
         raise RuntimeError(f"{func.name()}: expected all tensors to be on the same device")
     _note("to the device")
 
@@ -141,7 +160,7 @@ def _copy(func: Any, args: Any, kwargs: dict[str, Any], here: Any, named: dict[s
     non_blocking = kwargs.get("non_blocking", False) if makes else any(args[2:]) or kwargs.get("non_blocking", False)
     if leaves and not arrives:
         _note("from the device")
-    if arrives and not leaves and not non_blocking:
+    if arrives and not leaves and not (non_blocking and source.nbytes <= _AT_ONCE):
         _note("to the device")
     if makes:
         copied = func(*here, **named)

@@ -55,7 +55,8 @@ def test_copies_from_the_host_wait_unless_they_are_told_not_to(there: torch.devi
         x[[0, 2]]
         x[torch.tensor([0, 2])]
         x.copy_(torch.ones(3, 2))
-    assert whats(noted) == ["to the device"] * 5
+        torch.zeros(2**17).to(there, non_blocking=True)  # more than a driver takes at once
+    assert whats(noted) == ["to the device"] * 6
     assert x.tolist() == [[1.0, 1.0]] * 3
     with faraway.noted() as noted:
         torch.full((), 7, device=there)
@@ -74,6 +75,18 @@ def test_tensors_of_two_devices_are_refused(there: torch.device, mode: Any) -> N
         for operation in (torch.add, torch.matmul):
             with pytest.raises(RuntimeError, match="same device"):
                 operation(x, torch.ones(2, 2))
+        rows = torch.tensor([0], device=there)
+        for refused in (
+            lambda: torch.ones(2, 2)[rows],
+            lambda: torch.ones(2, 2)[x > 0],
+            lambda: x.index_select(0, torch.tensor([0])),
+            lambda: torch.stack([x[0, 0], torch.tensor(0.0)]),
+            lambda: torch.index_put(x, (rows,), torch.ones(2)),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                refused()
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(2, generator=torch.Generator(), device=there)
         with pytest.raises(TypeError, match="numpy"):
             x.numpy()
 
@@ -84,6 +97,9 @@ def test_what_is_sent_arrives(there: torch.device) -> None:
     assert index_of([], torch.device("cpu")).shape == (0,)
     mask = send(torch.tensor([True, False]), there)
     assert (mask.device, mask.tolist()) == (there, [True, False])
+    with faraway.noted() as noted:
+        assert send(mask, torch.device("cpu")).tolist() == [True, False]
+    assert whats(noted) == ["from the device"]
 
 
 def test_probes_are_the_same_everywhere_and_come_as_bits(there: torch.device) -> None:

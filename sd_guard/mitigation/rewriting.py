@@ -11,6 +11,7 @@ import torch
 from sd_guard.mitigation.base import Change, Subject, check_gradients, sparing
 from sd_guard.mitigation.optimisation import measure, objective_of, slope
 from sd_guard.mitigation.rewriters import Deletion, Lexicon, Rewriter, check_rewriter, lexicon_of, read_rewriter
+from sd_guard.transfers import index_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ def attributions(subject: Subject, words: Sequence[str], statistic: str) -> dict
         value = measure(objective, sparing(subject, objective.lanes(1)), text, latents, without)
     gradient = slope(objective, subject, value, text)
     # Through the text encoder apart, which may have been offloaded meanwhile; in units that float16 can hold.
-    ids = torch.tensor([lexicon.read(" ".join(words))], device=table.device)
+    ids = index_of(lexicon.read(" ".join(words)), table.device)[None]
     tokens = table.detach()[ids].float().requires_grad_()
     with torch.enable_grad():
         encoded = subject.encode_tokens(tokens)

@@ -69,8 +69,9 @@ class Once(Generic[T]):
     def __call__(self) -> T:
         """The value, waited for if need be."""
         if self._coming is None:
-            self._coming = Future()
-            self._coming.set_result(self._work())
+            coming: Future[T] = Future()
+            coming.set_result(self._work())
+            self._coming = coming
         return self._coming.result()
 
 

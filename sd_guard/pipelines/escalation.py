@@ -62,6 +62,7 @@ class Escalation:
         control: (B, C, H, W) clean latents that the deciding step predicts without the prompt.
         proposals: what is left of each flagged image's plan, mitigation by mitigation.
         drawn_again: images that were sampled once more from other noise.
+        seeds: of their mitigations' randomness, once read.
         replaced: what is in the host's loop in the place of flagged images, by row: the session's own.
         failed: each image's attempts that did not pass, where the best is to be kept.
     """
@@ -79,6 +80,7 @@ class Escalation:
     replaced: Mapping[int, Replacement]
     proposals: dict[int, list[Iterator[Change]]] = field(default_factory=dict)
     drawn_again: set[int] = field(default_factory=set)
+    seeds: dict[int, int] = field(default_factory=dict)
     failed: dict[int, list[tuple[Attempt, Replacement]]] = field(default_factory=dict)
 
     @property
@@ -311,10 +313,12 @@ class Escalation:
 
     def _seed(self, row: int) -> int:
         """Of a mitigation's randomness. Without a generator of its own, what tells an image is its first latent."""
-        seed = self.watch.seeds[row]
-        if not isinstance(self.inputs.generator, list):
-            seed += zlib.crc32(self.snapshots[0].latents[row].float().cpu().numpy().tobytes())
-        return seed % 2**63
+        if row not in self.seeds:
+            seed = self.watch.seeds[row]
+            if not isinstance(self.inputs.generator, list):
+                seed += zlib.crc32(self.snapshots[0].latents[row].float().cpu().numpy().tobytes())
+            self.seeds[row] = seed % 2**63
+        return self.seeds[row]
 
     def _propose(self, row: int) -> list[Iterator[Change]]:
         subject = self._subject(row)
@@ -323,7 +327,7 @@ class Escalation:
     def _subject(self, row: int) -> Subject:
         case, lane = self.cases[row], self.walk.count - len(self.cases) + row
         one = index_of([lane], self.control.device)
-        origin = Origin(self.pipe, self.snapshots, self.watch.clear, self.walk.lanes.select(one), row, case)
+        origin = Origin(self.pipe, self.snapshots, self.watch, self.walk.lanes.select(one), row, case)
         encoder, prompt = self.pipe.text_encoder, self.inputs.prompts[row] if self.inputs.prompts is not None else None
         return Subject(
             prompt=prompt,

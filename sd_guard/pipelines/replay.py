@@ -71,12 +71,14 @@ class Watch:
     """Where a trajectory is looked at.
 
     Attributes:
+        timesteps: of all steps, on the host: one on the device would be waited for.
         clear: the first step whose prediction shows anything.
         steps: observed; the last decides.
         later_steps: that look again.
         seeds: of probes and other seeds, one an image.
     """
 
+    timesteps: Sequence[float]
     clear: int
     steps: Sequence[int]
     later_steps: Sequence[int]
@@ -169,7 +171,9 @@ class Resumed:
             )
             looked = self.step in (*self.watch.steps, *self.watch.later_steps)
             guidance = self.changes[0].guidance
-            level = read_level(self.scheduler, timestep) if looked or guidance is not None else None
+            level = (
+                read_level(self.scheduler, self.watch.timesteps[self.step]) if looked or guidance is not None else None
+            )
             output = evaluate_lanes(self.pipe.unet, x, timestep, now)
             negative, conditional = (None, output) if scale is None else output.chunk(2)
             if looked and level is not None:

@@ -66,10 +66,11 @@ class Session:
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
+        self.inputs.fingerprint.begin()  # while a GPU makes the first step
         self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
         guard, count, clear = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
-        self.watch = Watch(clear, guard.steps(count, clear), guard.later_steps(count, clear), seeds)
+        self.watch = Watch(self.timesteps, clear, guard.steps(count, clear), guard.later_steps(count, clear), seeds)
         if not (self.inputs.guided and self.inputs.control_is_empty):
             self._empty()  # will be needed: where models take turns on the device, the text encoder's is now
         self._keep(pipe, 0, latents)
@@ -89,6 +90,7 @@ class Session:
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """Observes, and where it decides resolves; returns the tensors that the host's loop shall go on with."""
         count = len(self.timesteps)
+        self.inputs.fingerprint()  # before a caller's callback could change the weights
         if self.snapshots and self.watch is not None:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
@@ -100,7 +102,6 @@ class Session:
         if step + 1 == count:
             tensors = self._deliver(tensors)
             self._verify(tensors["latents"])
-            self.inputs.fingerprint.begin()  # the host is about to wait until the images are decoded
         self._read_level(pipe, step + 1)
         return self._write_texts(tensors, step + 1, count)
 

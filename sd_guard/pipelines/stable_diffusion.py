@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from sd_guard.calibration import Calibration
-from sd_guard.fingerprint import take_fingerprint
+from sd_guard.fingerprint import forget_weights, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import check_scheduler
 from sd_guard.pipelines.ahead import Ahead, Once, take_turns, texts_of
@@ -158,6 +158,16 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             (Path(save_directory) / GUARD_FILE).write_text(guard_to_json(self._guard), encoding="utf-8")
         if self._calibration is not None:
             self._calibration.save(Path(save_directory) / CALIBRATION_FILE)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As of the host; the weights are another model's from here on, which a calibration does not hold for."""
+        super().fuse_lora(*args, **kwargs)
+        forget_weights(self.unet, self.text_encoder)
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As of the host."""
+        super().unfuse_lora(*args, **kwargs)
+        forget_weights(self.unet, self.text_encoder)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As of the host; what `encode_ahead` has begun is waited for, and not encoded again."""

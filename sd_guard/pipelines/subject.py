@@ -15,7 +15,7 @@ from torch import Tensor
 from sd_guard.lanes import Conditioning, call_unet
 from sd_guard.noise import NoiseLevel, Prediction, interpret, read_level
 from sd_guard.pipelines.inputs import prediction_type
-from sd_guard.pipelines.replay import Start
+from sd_guard.pipelines.replay import Start, Watch
 from sd_guard.policy import Case
 from sd_guard.snapshots import copy_scheduler
 
@@ -28,8 +28,8 @@ class Origin:
 
     Attributes:
         pipe: the pipeline.
-        snapshots: of all B images, by step, those of steps 0 and `clear` among them.
-        clear: the first step whose prediction shows anything.
+        snapshots: of all B images, by step, the first and the first clear one's among them.
+        watch: of all B images.
         lane: one row: the image's own conditional lane.
         row: of the batch.
         case: that pays.
@@ -37,7 +37,7 @@ class Origin:
 
     pipe: Any
     snapshots: Mapping[int, Start]
-    clear: int
+    watch: Watch
     lane: Conditioning
     row: int
     case: Case
@@ -50,7 +50,7 @@ class Origin:
     @torch.no_grad()
     def predict(self, text: Tensor) -> Tensor:
         """As of `Subject.predict`."""
-        start = self.snapshots[self.clear]
+        start = self.snapshots[self.watch.clear]
         return self._denoise(start, text, start.latents[self.row].expand(len(text), -1, -1, -1)).x0_hat
 
     def denoise(self, text: Tensor, latents: Tensor) -> Prediction:
@@ -60,7 +60,7 @@ class Origin:
     def _denoise(self, start: Start, text: Tensor, latents: Tensor) -> Prediction:
         scheduler, timestep = copy_scheduler(start.scheduler), start.scheduler.timesteps[start.step]
         x = scheduler.scale_model_input(latents, timestep).to(start.latents.dtype)
-        level, kind = read_level(scheduler, timestep), prediction_type(self.pipe)
+        level, kind = self.level(start.step), prediction_type(self.pipe)
         size = max(_BATCH, 2 * start.latents.shape[0])
         outputs: list[Tensor] = []
         self.bill(len(text))  # before the call: where it is done again for a backward pass, it ends with the UNet
@@ -76,8 +76,7 @@ class Origin:
 
     def level(self, step: int) -> NoiseLevel:
         """As of `Subject.level`."""
-        scheduler = self.snapshots[step].scheduler
-        return read_level(scheduler, scheduler.timesteps[step])
+        return read_level(self.snapshots[step].scheduler, self.watch.timesteps[step])
 
     def renoise(self, clean: Tensor, noise: Tensor, step: int) -> Tensor:
         """As of `Subject.renoise`."""

@@ -56,7 +56,7 @@ from sd_guard.statistics.lid import probe_products, trajectory_lid
 from sd_guard.statistics.seed_agreement import excess_agreement, other_noise, other_places, step_down
 from sd_guard.statistics.sharpness import FAINTEST_CONTROL, detail
 from sd_guard.trace import FiniteDifference, draw_row_probes, perturb
-from sd_guard.transfers import index_of
+from sd_guard.transfers import index_of, send
 
 # Chosen on `tune` rows: the level on the first reference, by AUROC and lanes; that a LID probe adds nothing to what
 # another seed says, on six, each prompt at six seeds; that a second seed does, on seven, at four.
@@ -281,7 +281,8 @@ class QuickScreener:
         """(S, C, H, W) what the UNet is given at the first step: the latents that full depth starts from."""
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         device, dtype = self.empty.device, self.empty.dtype
-        noise = randn_tensor((len(seeds), *self.noise_shape), generator=generators, device=device, dtype=dtype)
+        shape, here = (len(seeds), *self.noise_shape), torch.device("cpu")
+        noise = send(randn_tensor(shape, generator=generators, device=here, dtype=dtype), device)
         return self.scheduler.scale_model_input(noise * self.scheduler.init_noise_sigma, self.first.timestep)
 
     def _observe(self, call: StepCall) -> Observation:

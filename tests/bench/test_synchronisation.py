@@ -61,6 +61,7 @@ def waits(pipe: Any, **arguments: Any) -> list[Any]:
 
 
 def ours(noted: list[Any]) -> Counter[tuple[str, str]]:
+    """Those of the guard's own code: not where it has diffusers encode a text, or make a step."""
     return Counter((wait.what, wait.line) for wait in noted if wait.ours)
 
 
@@ -90,16 +91,21 @@ def test_a_question_costs_one_wait_for_its_answer(arguments: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("plan", "on_failure"),
-    [*((name, "blank") for name in PLANS), ("default", "keep"), ("lower_guidance", "keep")],
+    ("plan", "on_failure", "scheduler"),
+    [
+        *((name, "blank", "ddim") for name in PLANS),
+        *(("default", "blank", name) for name in ("euler", "dpm_multistep", "pndm", "lcm", "heun")),
+        ("default", "keep", "ddim"),
+        ("lower_guidance", "keep", "euler_ancestral"),
+    ],
 )
-def test_flagged_images_wait_for_decisions_only(plan: str, on_failure: Any) -> None:
-    pipe = far(GuardedStableDiffusionPipeline)
+def test_flagged_images_wait_for_decisions_only(plan: str, on_failure: Any, scheduler: str) -> None:
+    pipe = far(GuardedStableDiffusionPipeline, scheduler)
     pipe.enable_guard(Guard(detector=FLAG_ALL, plan=PLANS[plan], policy=Policy(budget=200, on_failure=on_failure)))
     found = ours(waits(pipe))
     assert {what for what, _ in found} == {"read"}
     assert {line for _, line in found} <= DECISIONS
-    assert found["read", "escalation.py:_compare"] > 0
+    assert found["read", "escalation.py:_compare"] + found["read", "prompt.py:_judge"] > 0  # of a mitigation
 
 
 @pytest.mark.parametrize(("detector", "reads"), [(NOBODY, 1), (EVERYBODY, 1 + len(Guard().questions))])
@@ -110,7 +116,7 @@ def test_quick_depth_waits_for_decisions_only(detector: PrematureDetail, reads: 
     prompts = ["a dog", "x", "a red cat", "blue"]
     screener.measure(prompts, [0] * 4)
     with faraway.noted() as noted:
-        screener.measure(prompts, [0] * 4)
+        screener.measure(prompts, [0, 1, 2, 3])  # seeds that were seen, and others
     assert ours(noted) == {("read", "detection.py:decide"): reads, ("read", "observation.py:read_values"): 1}
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines.calls import PROMPTS, latents_of
-from tiny import watching
+from pipelines.calls import PROMPTS, STEPS, latents_of
+from tiny import build, watching
 
+from sd_guard.fingerprint import take_fingerprint
 from sd_guard.pipelines import ahead, stable_diffusion
+from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 
 
 @contextmanager
@@ -135,8 +137,9 @@ def test_what_fails_is_raised_where_it_is_needed(begun: bool) -> None:
     once = ahead.Once(work)
     if begun:
         once.begin()
-    with pytest.raises(ValueError, match="no weights"):
-        once()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no weights"):
+            once()
 
 
 def test_the_fingerprint_is_taken_beside_the_call(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +154,21 @@ def test_the_fingerprint_is_taken_beside_the_call(guarded: Any, monkeypatch: pyt
     output, _ = latents_of(guarded(watching()))
     assert seen == [False]
     assert len({record.fingerprint for record in output.records}) == 1
+
+
+@pytest.mark.parametrize("changed_at", [0, STEPS - 1])
+def test_the_fingerprint_is_of_the_weights_before_a_callback_changes_them(
+    own_parts: dict[str, Any], changed_at: int
+) -> None:
+    pipe = build(GuardedStableDiffusionPipeline, own_parts)
+    before = take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5).digest
+
+    def change(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == changed_at:
+            with torch.no_grad():
+                pipe.unet.conv_in.weight.mul_(2.0)
+        return tensors
+
+    output, _ = latents_of(pipe, callback_on_step_end=change)
+    assert {record.fingerprint for record in output.records} == {before}
+    assert take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5).digest != before

@@ -187,6 +187,28 @@ def test_another_model_has_another_fingerprint(own_parts: dict[str, Any]) -> Non
     assert take_fingerprint(pipe.to(torch.float16), steps=STEPS, guidance_scale=7.5).model == own
 
 
+@pytest.mark.parametrize("encoder", [True, False])
+def test_a_fused_adapter_is_another_model(
+    own_parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, encoder: bool
+) -> None:
+    """As peft fuses one, which leaves no trace on the parameter."""
+
+    def write(sign: float) -> Any:
+        def change(pipe: Any, *_: Any, **__: Any) -> None:
+            pipe.unet.mid_block.attentions[0].proj_in.weight.data += sign
+
+        return change
+
+    monkeypatch.setattr(StableDiffusionPipeline, "fuse_lora", write(1.0))
+    monkeypatch.setattr(StableDiffusionPipeline, "unfuse_lora", write(-1.0))
+    pipe = build(GuardedStableDiffusionPipeline, own_parts if encoder else own_parts | {"text_encoder": None})
+    digests = [take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5).digest]
+    for change in (pipe.fuse_lora, pipe.unfuse_lora, pipe.fuse_lora):
+        change()
+        digests.append(take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5).digest)
+    assert digests[1] == digests[3] != digests[0] == digests[2]
+
+
 def test_a_calibration_is_saved_with_the_guard(guarded: Any, tmp_path: Any) -> None:
     """Else its threshold would be taken up in any configuration."""
     pipe = guarded(Guard(observe_at=(0.2, 0.5)))
