@@ -84,6 +84,11 @@ class Watch:
     later_steps: Sequence[int]
     seeds: Sequence[int]
 
+    @property
+    def last(self) -> int:
+        """The last step that is looked at."""
+        return [*self.steps, *self.later_steps][-1]
+
     def select(self, rows: Sequence[int]) -> Watch:
         """The same for some images."""
         return replace(self, seeds=[self.seeds[row] for row in rows])
@@ -171,9 +176,8 @@ class Resumed:
             )
             looked = self.step in (*self.watch.steps, *self.watch.later_steps)
             guidance = self.changes[0].guidance
-            level = (
-                read_level(self.scheduler, self.watch.timesteps[self.step]) if looked or guidance is not None else None
-            )
+            reads = looked or guidance is not None
+            level = read_level(self.scheduler, self.watch.timesteps[self.step]) if reads else None
             output = evaluate_lanes(self.pipe.unet, x, timestep, now)
             negative, conditional = (None, output) if scale is None else output.chunk(2)
             if looked and level is not None:

@@ -97,7 +97,7 @@ class Session:
                 call = self._read_call(step, timestep, tensors, lanes, self.level)
                 with no_new_graphs():
                     tensors = self._look(pipe, call, tensors)
-                if step == [*self.watch.steps, *self.watch.later_steps][-1]:
+                if step == self.watch.last:
                     self.snapshots, self.walk, self.escalation = {}, None, None  # the snapshots have served
         if step + 1 == count:
             tensors = self._deliver(tensors)

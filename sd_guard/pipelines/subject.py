@@ -60,7 +60,7 @@ class Origin:
     def _denoise(self, start: Start, text: Tensor, latents: Tensor) -> Prediction:
         scheduler, timestep = copy_scheduler(start.scheduler), start.scheduler.timesteps[start.step]
         x = scheduler.scale_model_input(latents, timestep).to(start.latents.dtype)
-        level, kind = self.level(start.step), prediction_type(self.pipe)
+        level, kind = read_level(scheduler, self.watch.timesteps[start.step]), prediction_type(self.pipe)
         size = max(_BATCH, 2 * start.latents.shape[0])
         outputs: list[Tensor] = []
         self.bill(len(text))  # before the call: where it is done again for a backward pass, it ends with the UNet
