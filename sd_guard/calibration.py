@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from sd_guard.detection import Detector
+from sd_guard.detection import Detector, is_settled
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.observation import PROBED, Observation
@@ -54,7 +54,7 @@ class Calibration:
         probes: likewise.
         thresholds: step to threshold of the score of the observations up to that step.
         detector: settings of the detector that scored them, all but its threshold.
-        benign_scores: at the last look, ascending, one a prompt.
+        benign_scores: as a guard with this threshold records them, ascending, one a prompt.
     """
 
     fingerprint: Fingerprint
@@ -130,8 +130,8 @@ class Calibration:
 class Calibrator:
     """Takes the records of benign images, and of memorized ones where some are known, and yields a calibration.
 
-    Records of `sd-guard calibrate`, or of a guard with `max_attempts=0`, have all looks of every image. An image that
-    was changed before the last look counts with the score it was flagged by.
+    Records of `sd-guard calibrate`, or of a guard with `max_attempts=0` and the threshold ``-inf``, have all looks of
+    every image. An image that was changed before the last look counts with the score it was flagged by.
 
     Attributes:
         guard: that scored them.
@@ -156,17 +156,24 @@ class Calibrator:
             raise ValueError(f"images_per_prompt={self.images_per_prompt} is below 1: give each prompt's images")
 
     def update(self, records: Iterable[GuardRecord], *, memorized: bool = False) -> None:
-        """Adds images, benign ones or labelled memorized ones; unscored ones count for nothing.
+        """Adds images, benign ones or labelled memorized ones; those that a look could not score count for nothing.
 
         Raises:
-            ValueError: a record of another configuration, or a detector that has nothing to be chosen.
+            ValueError: a record of another configuration, or without looks that its guard had no need of; a detector
+                that has nothing to be chosen.
         """
         if memorized:
             _check_lid_weight(self.guard.detector, "memorized prompts choose it; calibrate without them")
         for record in records:
             if record.fingerprint != self.fingerprint.digest:
                 raise ValueError(f"record of configuration {record.fingerprint}, not {self.fingerprint.digest}")
-            seen = [] if record.outcome == "unscored" else observations_of(record)
+            scored = record.outcome != "unscored" and all(math.isfinite(each.value) for each in record.statistics)
+            seen = observations_of(record) if scored else []
+            if seen and self._looks_again and not record.attempts and not any(map(_is_later, seen)):
+                raise ValueError(
+                    "record without later looks, as a guard leaves them out where they could change no verdict: take "
+                    "those of sd-guard calibrate, or of a guard with max_attempts=0 and threshold=-math.inf"
+                )
             (self.memorized if memorized else self.benign).append(seen)
 
     def finish(self) -> Calibration:
@@ -181,7 +188,8 @@ class Calibrator:
         detector = self._choose() if choosing else guard.detector
         benign = self._half(1) if choosing else self.benign
         scores = {step: _scores(detector, benign, step) for step in sorted({seen.step for t in benign for seen in t})}
-        firsts = _scores(detector, benign[::each], max(scores))
+        thresholds = {step: conformal_threshold(own, alpha, per_prompt=each) for step, own in scores.items()}
+        judge = replace(detector, threshold=thresholds[max(thresholds)])  # type: ignore[type-var]
         return Calibration(
             fingerprint=self.fingerprint,
             false_positive_rate=alpha,
@@ -190,10 +198,14 @@ class Calibrator:
             look_again_at=guard.look_again_at,
             probes=guard.probes,
             other_seeds=guard.other_seeds,
-            thresholds={step: conformal_threshold(own, alpha, per_prompt=each) for step, own in scores.items()},
+            thresholds=thresholds,
             detector=scoring_of(detector),
-            benign_scores=tuple(sorted(firsts)),
+            benign_scores=tuple(sorted(_recorded(judge, seen) for seen in benign[::each] if seen)),
         )
+
+    @property
+    def _looks_again(self) -> bool:
+        return bool(self.guard.later_steps(self.fingerprint.steps))
 
     def _check_enough(self) -> None:
         scored = sum(map(bool, self.benign))
@@ -276,8 +288,17 @@ def _scores(detector: Detector, trajectories: Iterable[Trajectory], step: int) -
 
 def _score(detector: Detector, seen: Trajectory) -> float:
     """Of one image; later looks, which one that was changed before has none of, are told by what they hold."""
-    later = [look for look in seen if "excess_persistence" in look.values]
-    return float(detector.score([look for look in seen if "excess_persistence" not in look.values], later)[0])
+    return float(detector.score([look for look in seen if not _is_later(look)], [*filter(_is_later, seen)])[0])
+
+
+def _recorded(detector: Detector, seen: Trajectory) -> float:
+    """What a guard records of one image: its score at once, where no later look can change the verdict."""
+    at_once = _score(detector, [look for look in seen if not _is_later(look)])
+    return at_once if is_settled(detector, at_once) else _score(detector, seen)
+
+
+def _is_later(look: Observation) -> bool:
+    return "excess_persistence" in look.values
 
 
 def scoring_of(detector: Detector) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sd_guard.observation import Observation, Question
 from sd_guard.transfers import send
 
 Verdict = Literal["pass", "flag", "unscored"]
+_ROUNDING = 1e-4  # of scores, which are sums in float32
 
 
 class Detector(Protocol):
@@ -22,6 +23,11 @@ class Detector(Protocol):
     @property
     def threshold(self) -> float:
         """Scores above it are flagged."""
+        ...
+
+    @property
+    def highest_rise(self) -> float:
+        """What later looks can add to a score, all of them together, at most; `inf` where that is not bounded."""
         ...
 
     def score(self, observations: Sequence[Observation], later: Sequence[Observation] = ()) -> Tensor:
@@ -42,6 +48,18 @@ def verdict_of(score: float, threshold: float) -> Verdict:
     if not math.isfinite(score):
         return "unscored"
     return "flag" if score > threshold else "pass"
+
+
+def is_settled(detector: Detector, score: float) -> bool:
+    """Whether no later look can change what an image's score says: it passes, and cannot rise above the threshold.
+
+    So is one that is not finite. A flagged image is not: it is looked at for its score, and for what becomes of it.
+
+    Args:
+        detector: that gave the score.
+        score: of the observations, without later looks.
+    """
+    return not math.isfinite(score) or score + detector.highest_rise < detector.threshold - _ROUNDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +114,11 @@ class PrematureDetail:
             raise ValueError(f"persistence_weight={self.persistence_weight} is negative; 0 takes no later look")
         if not self.persistence_limit >= 0:
             raise ValueError(f"persistence_limit={self.persistence_limit} is negative; 0 takes no later look")
+
+    @property
+    def highest_rise(self) -> float:
+        """`persistence_limit`, where later looks have a weight."""
+        return self.persistence_limit if self.persistence_weight else 0.0
 
     def score(self, observations: Sequence[Observation], later: Sequence[Observation] = ()) -> Tensor:
         """(B,) scores."""

@@ -73,10 +73,11 @@ class Guard:
         observe_at: shares of the schedule in [0, 1) whose steps give the free statistics; the last one decides. The
             first does not lie before the first step that shows anything (`sd_guard.noise.first_clear_step`): where it
             would, all shares are of a schedule that begins so much later.
-        look_again_at: shares of the schedule, in [0, 1), whose steps look again at what was not flagged, and at what
-            was rescued, as far as they are later than the deciding one; none decide once and for all. A rescued image
-            of other words that is likely to end in the flagged picture is sampled once more then, from other noise, if
-            the budget allows it, and the better of both is kept.
+        look_again_at: shares of the schedule, in [0, 1), whose steps look again at what may yet be flagged, and at what
+            was flagged or rescued, as far as they are later than the deciding one; none decide once and for all. An
+            image that no look could lift over the threshold gets none (`Detector.highest_rise`). A rescued image of
+            other words that is likely to end in the flagged picture is sampled once more then, from other noise, if the
+            budget allows it, and the better of both is kept.
         probes: Rademacher vectors that an image still in doubt gets at the deciding step, two lanes each.
         other_seeds: seeds that one in doubt is held against there, two lanes each: one, and if it stays in doubt, all.
         detector: scores a trajectory.

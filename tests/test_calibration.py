@@ -17,6 +17,7 @@ from sd_guard.detection import PrematureDetail, decide
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.observation import PROBED, Observation, Question, add_probed
+from sd_guard.policy import Attempt
 
 FINGERPRINT = Fingerprint("m", "DDIM", 50, "7.5", "float32")
 
@@ -42,7 +43,9 @@ def record(score: float, *, outcome: str = "passed", fingerprint: Fingerprint = 
 
 def calibrator(**options: Any) -> Calibrator:
     detector = PrematureDetail(ordinary_deficit=0.0)
-    return Calibrator(Guard(observe_at=(0.06, 0.14), probes=3, detector=detector), FINGERPRINT, **options)
+    return Calibrator(
+        Guard(observe_at=(0.06, 0.14), look_again_at=(), probes=3, detector=detector), FINGERPRINT, **options
+    )
 
 
 def test_calibrator() -> None:
@@ -63,6 +66,46 @@ def test_calibrator() -> None:
     assert calibration.fingerprint == FINGERPRINT
     assert calibration.detector == {name: getattr(made.guard.detector, name) for name in SCORING}
     assert calibration.benign_scores == tuple(scores[7])
+
+
+def looked_at(score: float, *looks: float) -> GuardRecord:
+    """A record with later looks."""
+    looks_at = ((20 + place, look) for place, look in enumerate(looks))
+    values = [StatisticValue(step, "excess_persistence", "noisy", "conditional", look) for step, look in looks_at]
+    return replace(record(score), statistics=(*record(score).statistics, *values))
+
+
+def looking() -> Calibrator:
+    detector = PrematureDetail(ordinary_deficit=0.0, persistence_weight=1.0, persistence_limit=2.0)
+    return Calibrator(Guard(observe_at=(0.06, 0.14), detector=detector), FINGERPRINT, 0.2)
+
+
+def test_benign_scores_are_kept_as_the_guard_records_them() -> None:
+    """It looks at no image again that cannot rise above the threshold: a drift check compares like with like."""
+    made = looking()
+    made.update(looked_at(float(n), 0.5) for n in range(10))
+    calibration = made.finish()
+    at_once = [0.75 * n for n in range(10)]
+    threshold = calibration.thresholds[20]
+    assert threshold == pytest.approx(at_once[8] + 0.5)
+    recorded = [score + 0.5 * (score + 2.0 >= threshold) for score in at_once]
+    assert calibration.benign_scores == pytest.approx(recorded)
+    assert recorded[0] == 0.0 < recorded[9] == at_once[9] + 0.5
+
+
+def test_records_without_the_looks_are_refused() -> None:
+    """Their scores would be too low, and so the threshold; one that was changed before them is another matter."""
+    made = looking()
+    with pytest.raises(ValueError, match=r"record without later looks, .* a guard with max_attempts=0 and threshold=-"):
+        made.update([record(1.0)])
+    attempt = Attempt("forget", 1.0, 0, 0.0, 0.0, True, None)
+    made.update([looked_at(1.0, 0.5), replace(record(1.0), attempts=(attempt,), outcome="rescued")])
+
+
+def test_an_image_that_one_look_could_not_score_counts_for_nothing() -> None:
+    made = looking()
+    made.update([*(looked_at(float(n), 0.5) for n in range(10)), replace(looked_at(1.0, math.nan), verdict="flag")])
+    assert made.finish().images == 10
 
 
 def test_calibrator_of_several_images_a_prompt() -> None:
@@ -113,7 +156,7 @@ def rates(calibration: Calibration, guard: Guard, *groups: list[GuardRecord]) ->
 def test_memorized_prompts_raise_the_hits_and_leave_the_false_positives() -> None:
     """Over 200 calibrations: TPR with labels against without, and one fresh benign image each at the stated rate."""
     rng, alpha = np.random.default_rng(4), 0.05
-    guard = Guard(observe_at=(0.14,), detector=PrematureDetail(lid_weight=1.0))
+    guard = Guard(observe_at=(0.14,), look_again_at=(), detector=PrematureDetail(lid_weight=1.0))
     gained, false = [], 0
     for split in range(SPLITS):
         benign, memorized = labelled(rng, 40, memorized=False), labelled(rng, 10, memorized=True)
@@ -157,7 +200,7 @@ def test_the_line_that_benign_images_were_scored_under_does_not_matter(threshold
     """
     rng, alpha, n = np.random.default_rng(6), 0.05, 39
     detector = PrematureDetail(threshold=threshold, doubt=0.2, lid_weight=5.0, ordinary_deficit=0.0)
-    guard, false = Guard(observe_at=(0.14,), detector=detector), 0
+    guard, false = Guard(observe_at=(0.14,), look_again_at=(), detector=detector), 0
     for _ in range(SPLITS):
         ratios, deficits = rng.normal(0.2, 0.3, n + 1).tolist(), rng.gamma(2.0, 0.05, n + 1).tolist()
         *records, fresh = (seen_by(detector, *pair) for pair in zip(ratios, deficits, strict=True))
@@ -189,7 +232,7 @@ def test_the_chosen_weight_never_saw_the_half_that_sets_the_threshold() -> None:
     rng = np.random.default_rng(5)
     benign, memorized = labelled(rng, 40, memorized=False), labelled(rng, 9, memorized=True)
     others = labelled(rng, 40, memorized=True)
-    guard = Guard(observe_at=(0.14,))
+    guard = Guard(observe_at=(0.14,), look_again_at=())
     made = [Calibrator(guard, FINGERPRINT, 0.05) for _ in range(2)]
     made[0].update(benign)
     made[1].update(others[place] if place % 2 else each for place, each in enumerate(benign))
@@ -204,6 +247,7 @@ def test_memorized_prompts_that_cannot_choose() -> None:
     @dataclass(frozen=True)
     class Plain:
         threshold: float = 0.0
+        highest_rise = math.inf
 
         def score(self, observations: Any, later: Any = None) -> Any:
             return observations[-1].values["added_detail"]
@@ -211,7 +255,7 @@ def test_memorized_prompts_that_cannot_choose() -> None:
         def in_doubt(self, observations: Any) -> Any:
             return torch.zeros(len(self.score(observations)), dtype=torch.bool)
 
-    made = Calibrator(Guard(detector=Plain()), FINGERPRINT, 0.5)
+    made = Calibrator(Guard(look_again_at=(), detector=Plain()), FINGERPRINT, 0.5)
     with pytest.raises(ValueError, match="Plain has no lid_weight: memorized prompts choose it; calibrate without"):
         made.update([record(1.0)], memorized=True)
     made.update([record(1.0), record(2.0)])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sd_guard.detection import PrematureDetail, decide, verdict_of
+from sd_guard.detection import PrematureDetail, decide, is_settled, verdict_of
 from sd_guard.observation import PROBED, Observation, Question, add_probed, mean_agreement
 
 D = 256
@@ -149,6 +149,39 @@ def test_later_looks_raise_scores_and_lower_none() -> None:
         PrematureDetail(persistence_limit=math.nan)
     with pytest.raises(ValueError, match="persistence_weight=-1 is negative"):
         PrematureDetail(persistence_weight=-1)
+
+
+LOOKS = st.lists(st.floats(-2, 1, width=32), min_size=1, max_size=5)
+
+
+@given(st.floats(-3, 3, width=32), LOOKS, st.floats(-1, 1), st.floats(0, 50), st.floats(0, 2))
+def test_what_is_settled_is_never_flagged_by_a_look(
+    ratio: float, looks: list[float], threshold: float, weight: float, limit: float
+) -> None:
+    """And what is not may be: by a picture that is wholly settled, where the weight is enough."""
+    detector = PrematureDetail(threshold=threshold, persistence_weight=weight, persistence_limit=limit)
+    observations = free([ratio])
+    at_once = float(detector.score(observations)[0])
+
+    def after(looks: Sequence[float]) -> float:
+        values = [{"excess_persistence": torch.tensor([value])} for value in looks]
+        return float(detector.score(observations, [Observation(20, 256, each, (0,)) for each in values])[0])
+
+    if is_settled(detector, at_once):
+        assert after(looks) <= threshold
+        assert after([1.0] * 5) <= threshold
+    elif 5 * weight > limit:
+        assert after([1.0] * 5) > threshold - 2e-4
+
+
+def test_what_no_look_is_needed_of() -> None:
+    """What passes by more than looks can add, and what cannot be scored; a flagged image is looked at."""
+    detector = PrematureDetail(threshold=0.0, persistence_limit=0.25)
+    scores = (-0.3, -0.2, 0.0, 0.1, math.nan, math.inf)
+    assert [is_settled(detector, score) for score in scores] == [True, False, False, False, True, True]
+    assert is_settled(replace(detector, persistence_weight=0.0), -0.2)
+    assert not is_settled(replace(detector, persistence_limit=math.inf), -1e9)
+    assert not is_settled(replace(detector, threshold=-math.inf), -1e9)
 
 
 @given(ratios_of_images, finite)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from sd_guard.compiled import no_new_graphs, of_one_shape
-from sd_guard.detection import decide, verdict_of
+from sd_guard.detection import decide, is_settled, verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
 from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
@@ -61,7 +61,7 @@ class Session:
     finished: list[Replacement] = field(default_factory=list)  # in a loop of their own
     escalation: Escalation | None = None
     later: list[Observation] = field(default_factory=list)  # looks after the deciding one
-    own_until: dict[int, int] = field(default_factory=dict)  # row -> the last step of its trajectory before any change
+    own_until: dict[int, int] = field(default_factory=dict)  # row -> the last step that its own trajectory is judged by
     replaced_at: dict[int, int] = field(default_factory=dict)  # row -> the step at whose end it was changed last
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
@@ -154,10 +154,13 @@ class Session:
         self.observations, scores = decide(detector, self.observations, self.guard.questions, ask)
         for score, spent in zip(scores, lanes_of(self.observations), strict=True):
             self.cases.append(Case(verdict_of(score, detector.threshold), score, call.step, budget, lanes=spent))
+        self.own_until = {row: call.step for row, score in enumerate(scores) if is_settled(detector, score)}
+        if len(self.own_until) == len(scores):
+            self.watch = replace(watch, later_steps=())  # no look could change a verdict
         return self._resolve(pipe, call.step, tensors)
 
     def _look_again(self, pipe: Any, call: StepCall, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Scores all images once more: those that were not flagged, and those that were rescued."""
+        """Scores once more: images that may yet be flagged, and flagged ones, among them those that were rescued."""
         assert self.control is not None
         detector = self.guard.detector
         pictures = predicted_image(self.observations).clone()

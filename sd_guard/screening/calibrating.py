@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -163,7 +164,7 @@ def calibrate(plan: CalibrationPlan, load: Callable[[ModelSettings], Pipeline]) 
 
 
 def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], **arguments: Any) -> list[GuardRecord]:
-    """One batch, scored and no more: sampling ends after the last look, nothing is mitigated or decoded.
+    """One batch, scored and no more, each image at all looks: sampling ends after the last, nothing is mitigated.
 
     Args:
         pipe: A guarded pipeline; its guard is put back afterwards.
@@ -189,7 +190,8 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
         pipe._interrupt = step >= last  # the host's own way to end early
         return tensors
 
-    pipe.enable_guard(replace(guard, policy=Policy(max_attempts=0, on_failure="keep")))
+    detector = replace(guard.detector, threshold=-math.inf)  # by which no verdict is settled before the last look
+    pipe.enable_guard(replace(guard, detector=detector, plan=(), policy=Policy(max_attempts=0, on_failure="keep")))
     try:
         output = pipe(
             prompt=list(prompts),

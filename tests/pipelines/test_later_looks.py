@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from pipelines.calls import GENERATORS, PROMPTS, STEPS, latents_of
-from tiny import SCHEDULERS, CountLanes, Forget, Identity, watching
+from tiny import SCHEDULERS, CountLanes, Forget, Identity, seeded, watching
 
+from sd_guard.detection import verdict_of
 from sd_guard.guard import Guard
 from sd_guard.observation import Observation
+from sd_guard.pipelines.session import Session
+from sd_guard.screening.calibrating import score_prompts
 
 PLAN = (Forget(),)
 AT = {"observe_at": (0.2,), "look_again_at": (0.5,)}  # steps 1 and 3 of 6
@@ -35,6 +38,7 @@ class Late:
     later: tuple[float, ...] = (1.0,)
     resumed: tuple[float, ...] = (0.0, 0.0)
     threshold: float = 0.5
+    highest_rise = math.inf
 
     def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
         images = len(observations[0].values["detail"])
@@ -209,3 +213,65 @@ def test_a_late_rescue_is_looked_at_with_what_its_way_has_shown(guarded: Any) ->
     assert (record.outcome, record.decided_at_step, record.score, record.extra_lanes) == ("rescued", 3, 1.0, 8)
     failed = replace(late, resumed=(0.0, 0.0, 1.0))
     assert latents_of(guarded(looking(failed, **THRICE)))[0].records[1].outcome == "blocked"
+
+
+LOOKED = Guard(plan=(), observe_at=(0.2,), look_again_at=(0.5, 0.98), probes=0, other_seeds=0)
+
+
+def looked_at(record: Any) -> bool:
+    return "excess_persistence" in {value.name for value in record.statistics}
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.5, 0.7, 1.0])
+def test_looks_are_left_out_where_they_could_change_no_verdict(guarded: Any, quantile: float) -> None:
+    """Verdicts are those of a guard that always looks, image by image, wherever the threshold lies."""
+    pipe = guarded(LOOKED)
+    arguments = {"prompt": [*PROMPTS, "a red cat", "noise", "the moon"], "generator": seeded(*range(6))}
+    scored = score_prompts(pipe, arguments["prompt"], range(6), num_inference_steps=STEPS)
+    assert all(looked_at(record) for record in scored)
+    at_once = [value.value for record in scored for value in record.statistics if value.name == "added_detail"]
+    rise = 0.1
+    threshold = float(torch.tensor(at_once).quantile(quantile)) + rise / 2
+    detector = replace(LOOKED.detector, threshold=threshold, persistence_limit=rise, persistence_weight=50.0)
+    pipe.enable_guard(replace(LOOKED, detector=detector))
+    full = score_prompts(pipe, arguments["prompt"], range(6), num_inference_steps=STEPS)
+    records = latents_of(pipe, **arguments)[0].records
+    assert [record.verdict for record in records] == [verdict_of(record.score, threshold) for record in full]
+    for record, own, other in zip(records, at_once, full, strict=True):
+        assert looked_at(record) is (own + rise >= threshold - 1e-4)
+        assert record.score == pytest.approx(other.score if looked_at(record) else own, abs=1e-5)
+
+
+def test_a_settled_image_is_not_judged_by_looks_at_its_batchmates(guarded: Any) -> None:
+    pipe = guarded(LOOKED)
+    scores = [record.score for record in latents_of(pipe)[0].records]
+    threshold = sorted(scores)[1] - 0.01  # flags two of three
+    detector = replace(LOOKED.detector, threshold=threshold, persistence_limit=1e-3)
+    pipe.enable_guard(replace(LOOKED, detector=detector))
+    together = latents_of(pipe)[0].records
+    assert sorted(map(looked_at, together)) == [False, True, True]
+    for row, prompt in enumerate(PROMPTS):
+        alone = latents_of(pipe, prompt=[prompt], generator=[GENERATORS["list"]()[row]])[0].records[0]
+        assert [(v.step, v.name) for v in alone.statistics] == [(v.step, v.name) for v in together[row].statistics]
+        assert alone.score == pytest.approx(together[row].score, abs=1e-4)
+
+
+def test_where_all_are_settled_nothing_is_looked_at_or_kept(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_again(*_: Any) -> Any:
+        raise AssertionError("no verdict can change")
+
+    sessions: list[Session] = []
+    begin = Session.begin
+    monkeypatch.setattr("sd_guard.pipelines.session.look_again", look_again)
+    monkeypatch.setattr(Session, "begin", lambda self, *args: (sessions.append(self), begin(self, *args))[1])
+    kept: list[int] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        kept.append(len(sessions[0].snapshots))
+        return tensors
+
+    pipe = guarded(replace(LOOKED, detector=replace(LOOKED.detector, threshold=9.0)))
+    records = latents_of(pipe, callback_on_step_end=callback)[0].records
+    assert [record.verdict for record in records] == ["pass"] * 3
+    assert kept[1:] == [0] * (STEPS - 1)
+    assert kept[0] > 0  # step 1 decides
