@@ -204,7 +204,7 @@ def figures() -> str:
             evasion_table({"bundled": load("evasion")} | {name: load(f"evasion_{name}") for name in AGAIN}),
             f"*Screening*: {screening(load('screening'), load('quick'))} ({revision('screening')}; quick depth "
             f"{revision('quick')}.)",
-            f"*Time*, guarded over unguarded with nothing flagged, median (quartiles): {speed} "
+            f"*Time*, guarded over unguarded with nothing mitigated, median (quartiles): {speed} "
             f"({revision('overhead')}). {host(load('host'))} ({revision('host')}).",
         )
     )

@@ -2,8 +2,8 @@
 
 Of a UNet that answers at once, with as many weights as Stable Diffusion 1.5 has, which are uninitialised, and latents
 so small that computing with them takes no time: what is left is Python and the dispatch of operations, which a GPU
-waits for or hides. Guarded and unguarded calls by turns, no image in doubt; `taken_apart` says how often the guard did
-what, and for how long. Nothing here was measured on a GPU.
+waits for or hides. Guarded and unguarded calls by turns, no image in doubt or within reach of a later look;
+`taken_apart` says how often the guard did what, and for how long. Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIDE: Final = 64  # pixels of an image: latents of 8 x 8
 STEPS: Final = 50
 PARTS: Final = (
     (stable_diffusion, "take_fingerprint"),
-    (session, "observe"),
+    (session, "observe_all"),
     (session, "look_again"),
     (session, "decide"),
     (session.Session, "on_step_end"),

@@ -282,6 +282,5 @@ def host(result: dict[str, Any]) -> str:
     return (
         "With a UNet of Stable Diffusion 1.5's size that answers at once, and 8 x 8 latents, so that only Python and "
         f"the dispatch of operations are left, the guard takes a call {lines} ({first['guard_operations']} operations; "
-        f"{hidden:.1f} ms at batch {first['batch']} are the fingerprint's, taken by a thread while a GPU would make "
-        "the first step)"
+        f"{hidden:.1f} ms at batch {first['batch']} are the fingerprint's, taken while a GPU would decode the images)"
     )

@@ -115,7 +115,7 @@ def _read_weights(module: Any) -> _Weights:
     held = _parameters_of(module)
     if any(weight.is_meta for weight in held):
         return _Weights("unread", _dtype_of(module))  # sequential offload keeps no weights at hand
-    state = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in held]
+    state = [w.data_ptr() for w in held] + [0 if w.is_inference() else w._version for w in held]
     known = _read.get(module)
     if known is None or known[0] != state:
         weights = list(module.parameters())

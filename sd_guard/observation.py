@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sd_guard.compiled import of_one_shape
 from sd_guard.lanes import Unet, evaluate_lanes
 from sd_guard.noise import Prediction, PredictionType, interpret
 from sd_guard.statistics.base import Denoiser, StepCall
@@ -113,12 +114,18 @@ def read_values(observations: Sequence[Observation]) -> list[tuple[Observation, 
     return [(seen, name, values) for (seen, name), values in zip(named, table, strict=True)]
 
 
-def with_control(call: StepCall, unet: Unet) -> StepCall:
-    """The call with its control: evaluated, and counted, where the sampler did without."""
+def with_control(call: StepCall, unet: Unet, rows: int) -> StepCall:
+    """The call with its control: evaluated, and counted, where the sampler did without.
+
+    Args:
+        call: of the sampler.
+        unet: that it called.
+        rows: of that call, the shape that a compiled UNet is asked in.
+    """
     if call.control is not None:
         return call
     first = torch.arange(call.x.shape[0], device=call.x.device)
-    control = evaluate_lanes(unet, call.x, call.timestep, call.lanes.select(first))
+    control = evaluate_lanes(of_one_shape(unet, rows), call.x, call.timestep, call.lanes.select(first))
     return replace(call, control=control, spent=1)
 
 
@@ -132,11 +139,25 @@ def observe(call: StepCall, prediction_type: PredictionType) -> Observation:
     Returns:
         (B,) values. A UNet that returned NaN or infinity gives values that are not finite.
     """
-    with_prompt, without = _predictions(call, prediction_type)
-    own, added = detail_and_added(with_prompt.x0_hat, without.x0_hat)
-    values = {"detail": own, "added_detail": added, "cfg_norm": cfg_norm(with_prompt.e_hat, without.e_hat)}
-    lanes = (call.spent,) * call.x.shape[0]
-    return Observation(call.step, call.x[0].numel(), values, lanes, x0_hat=with_prompt.x0_hat)
+    return observe_all([call], prediction_type)[0]
+
+
+def observe_all(calls: Sequence[StepCall], prediction_type: PredictionType) -> list[Observation]:
+    """`observe` of several steps of one trajectory, at once: they are small, and what is launched is what they cost."""
+    both = [_both(call, prediction_type) for call in calls]
+    x0_hat, e_hat = (torch.cat(parts, dim=1) for parts in zip(*((p.x0_hat, p.e_hat) for p in both), strict=True))
+    names = ("detail", "added_detail", "cfg_norm")
+    measured = torch.stack([*detail_and_added(*x0_hat), cfg_norm(*e_hat)]).reshape(len(names), len(calls), -1)
+    return [
+        Observation(
+            step=call.step,
+            dimension=call.x[0].numel(),
+            values=dict(zip(names, values, strict=True)),
+            lanes=(call.spent,) * call.x.shape[0],
+            x0_hat=own.x0_hat[0],
+        )
+        for call, own, values in zip(calls, both, measured.unbind(1), strict=True)
+    ]
 
 
 def look_again(call: StepCall, prediction_type: PredictionType, then: Tensor) -> Observation:
@@ -233,9 +254,14 @@ def _agreements(call: StepCall, model: Denoiser, rows: Sequence[int], seeds: ran
     return torch.stack([excess_agreement(with_prompt, without, other, call.level) for other in others])
 
 
-def _predictions(call: StepCall, prediction_type: PredictionType) -> tuple[Prediction, Prediction]:
-    """With the prompt, and without."""
+def _both(call: StepCall, prediction_type: PredictionType) -> Prediction:
+    """(2, B, C, H, W): with the prompt, and without."""
     assert call.control is not None
     outputs = torch.stack([call.conditional, call.control])
-    both = interpret(outputs, call.x.expand_as(outputs), call.level, prediction_type)
+    return interpret(outputs, call.x.expand_as(outputs), call.level, prediction_type)
+
+
+def _predictions(call: StepCall, prediction_type: PredictionType) -> tuple[Prediction, Prediction]:
+    """With the prompt, and without."""
+    both = _both(call, prediction_type)
     return Prediction(both.e_hat[0], both.x0_hat[0]), Prediction(both.e_hat[1], both.x0_hat[1])

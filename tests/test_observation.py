@@ -172,9 +172,9 @@ def test_cost_without_a_control() -> None:
     unet = TwoLanes(subspace, memory)
     x = noised(subspace, unet.level(500))
     with_own, without = (step_call(unet, x, 500, own_control=own) for own in (True, False))
-    assert with_control(with_own, unet) is with_own
+    assert with_control(with_own, unet, 6) is with_own
     unet.rows = 0
-    completed = with_control(without, unet)
+    completed = with_control(without, unet, 6)
     assert (unet.rows, completed.spent) == (3, 1)
     torch.testing.assert_close(completed.control, with_own.control)
     model = Denoiser(unet, "epsilon", SCHEDULE.alphas_cumprod, [1, 2, 3])

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -51,28 +51,6 @@ def on_a_thread(work: Callable[[], T]) -> Future[T]:
 
     Thread(target=run, daemon=True).start()
     return coming
-
-
-class Once(Generic[T]):
-    """A value that is worked out once: by a thread, where that was begun before, or by whoever asks first."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        """Nothing is begun."""
-        self._work = work
-        self._coming: Future[T] | None = None
-
-    def begin(self) -> None:
-        """Has a thread do it, unless it is done or begun."""
-        if self._coming is None:
-            self._coming = on_a_thread(self._work)
-
-    def __call__(self) -> T:
-        """The value, waited for if need be."""
-        if self._coming is None:
-            coming: Future[T] = Future()
-            coming.set_result(self._work())
-            self._coming = coming
-        return self._coming.result()
 
 
 class Ahead:

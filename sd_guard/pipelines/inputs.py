@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.noise import PredictionType
-from sd_guard.pipelines.ahead import Once
 from sd_guard.snapshots import Generators
 
-# Locals of the host's denoising loop that a guarded call reads at the end of a step, with guidance and without.
+# Locals of the host's denoising loop that a guarded call may change at the end of a step, and those that it reads there
+# where it looks at what the step did, with guidance and without.
+RETURNED_TENSORS = ("latents", "prompt_embeds")
 LOOP_TENSORS = (
-    "latents",
-    "prompt_embeds",
+    *RETURNED_TENSORS,
     "latent_model_input",
     "noise_pred",
     "timestep_cond",
@@ -40,7 +40,7 @@ class CallInputs:
         guidance_rescale: as given.
         eta: as given.
         encode: prompts to (N, tokens, width) embeddings, as the host would.
-        fingerprint: of this configuration.
+        fingerprint: of this configuration, taken when it is first asked for.
     """
 
     prompts: list[str] | None
@@ -52,7 +52,7 @@ class CallInputs:
     guidance_rescale: float
     eta: float
     encode: Callable[[Sequence[str]], Tensor]
-    fingerprint: Once[Fingerprint]
+    fingerprint: Callable[[], Fingerprint]
 
     def seed_of(self, row: int) -> int | None:
         """Initial seed of an image's generator; None without one."""

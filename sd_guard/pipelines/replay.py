@@ -11,7 +11,6 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
-from sd_guard.compiled import of_one_shape
 from sd_guard.lanes import Conditioning, evaluate_lanes
 from sd_guard.mitigation import Change
 from sd_guard.noise import PredictionType, interpret, read_level
@@ -199,7 +198,7 @@ class Resumed:
         if call.step in self.watch.later_steps:
             self.later.append(look_again(call, kind, predicted_image(self.observations)))
         else:
-            self.last = with_control(call, of_one_shape(self.pipe.unet, self.rows))
+            self.last = with_control(call, self.pipe.unet, self.rows)
             self.observations.append(observe(self.last, kind))
 
     def _text(self, scale: float | None) -> Conditioning:

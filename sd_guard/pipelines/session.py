@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sd_guard.compiled import no_new_graphs, of_one_shape
+from sd_guard.compiled import no_new_graphs
 from sd_guard.detection import decide, is_settled, verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
@@ -25,7 +25,7 @@ from sd_guard.observation import (
     Question,
     lanes_of,
     look_again,
-    observe,
+    observe_all,
     predicted_image,
     probe,
     read_values,
@@ -55,6 +55,7 @@ class Session:
     level: NoiseLevel | None = None  # of the next step, where that is observed
     empty_embeds: Tensor | None = None
     cases: list[Case] = field(default_factory=list)
+    calls: list[StepCall] = field(default_factory=list)  # of observed steps, not yet measured
     observations: list[Observation] = field(default_factory=list)
     control: Tensor | None = None  # predicted image of the deciding step without the prompt
     replaced: dict[int, Replacement] = field(default_factory=dict)  # in the host's loop, by row
@@ -66,7 +67,6 @@ class Session:
 
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
-        self.inputs.fingerprint.begin()  # while a GPU makes the first step
         self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
         guard, count, clear = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
@@ -76,9 +76,14 @@ class Session:
         self._keep(pipe, 0, latents)
         self._read_level(pipe, 0)
 
+    @property
+    def looks(self) -> bool:
+        """Whether a step is to come that anything is looked at."""
+        return bool(self.snapshots)
+
     def before_step(self, pipe: Any, step: int, latents: Tensor) -> None:
         """Takes a snapshot where a step is looked at, of the latents as the caller's callback left them."""
-        if self.watch is None or not self.snapshots or self.cases:
+        if self.watch is None or not self.looks or self.cases:
             return
         if step in (self.watch.clear, *self.watch.steps):
             self._keep(pipe, step, latents)
@@ -90,8 +95,7 @@ class Session:
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """Observes, and where it decides resolves; returns the tensors that the host's loop shall go on with."""
         count = len(self.timesteps)
-        self.inputs.fingerprint()  # before a caller's callback could change the weights
-        if self.snapshots and self.watch is not None:
+        if self.looks and self.watch is not None:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
                 call = self._read_call(step, timestep, tensors, lanes, self.level)
@@ -111,9 +115,16 @@ class Session:
         if call.step in self.watch.later_steps:
             return self._look_again(pipe, call, tensors)
         rows = tensors["latent_model_input"].shape[0]
-        call = with_control(call, of_one_shape(pipe.unet, rows))
-        self.observations.append(observe(call, prediction_type(pipe)))
-        return self._decide(pipe, call, tensors, rows) if call.step == self.watch.steps[-1] else tensors
+        call = with_control(call, pipe.unet, rows)
+        self.calls.append(call)
+        if call.step < self.watch.steps[-1]:
+            return tensors
+        self._observe(pipe)
+        return self._decide(pipe, call, tensors, rows)
+
+    def _observe(self, pipe: Any) -> None:
+        """Takes the statistics of all steps so far, which nobody needs before the deciding one."""
+        self.observations, self.calls = observe_all(self.calls, prediction_type(pipe)), []
 
     def _go_on(self, pipe: Any, tensors: dict[str, Any]) -> Conditioning:
         """Remembers how the loop made this step, for a trajectory to be resumed; returns the step's lanes.
@@ -284,8 +295,8 @@ class Session:
             step=step,
             timestep=timestep,
             level=level,
-            x=tensors["latent_model_input"][:images],
-            # In memory of their own, as what `call_unet` returns.
+            # In memory of their own, as what `call_unet` returns: they are kept until the deciding step.
+            x=tensors["latent_model_input"][:images].clone(),
             conditional=tensors["noise_pred_text" if guided else "noise_pred"].clone(),
             control=tensors["noise_pred_uncond"].clone() if own_control else None,
             lanes=lanes if own_control else control_lanes(lanes, images, self._empty()),
@@ -302,8 +313,10 @@ class Session:
         observed = self.watch is not None and step in (*self.watch.steps, *self.watch.later_steps)
         self.level = read_level(pipe.scheduler, self.timesteps[step]) if observed else None
 
-    def records(self, images: int) -> list[GuardRecord]:
+    def records(self, pipe: Any, images: int) -> list[GuardRecord]:
         """One record an image, in the order of the batch."""
+        if self.calls:  # sampling ended before the deciding step
+            self._observe(pipe)
         values = read_values([*self.observations, *self.later])
         spent = lanes_of(self.observations) or (0,) * images
         cases = self.cases or [Case("unscored", math.nan, 0, 0, lanes=lanes) for lanes in spent]

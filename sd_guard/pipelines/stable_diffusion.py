@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -21,8 +22,8 @@ from sd_guard.calibration import Calibration
 from sd_guard.fingerprint import forget_weights, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import check_scheduler
-from sd_guard.pipelines.ahead import Ahead, Once, take_turns, texts_of
-from sd_guard.pipelines.inputs import GUIDED_TENSORS, LOOP_TENSORS, CallInputs
+from sd_guard.pipelines.ahead import Ahead, take_turns, texts_of
+from sd_guard.pipelines.inputs import GUIDED_TENSORS, LOOP_TENSORS, RETURNED_TENSORS, CallInputs
 from sd_guard.pipelines.outputs import blank_images
 from sd_guard.pipelines.session import Session
 from sd_guard.settings import guard_from_json, guard_to_json
@@ -211,6 +212,13 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             session.begin(self, latents)
         return latents
 
+    def run_safety_checker(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the host; a GPU is decoding the images now, and the host would only wait for them."""
+        session = _SESSION.get()
+        if session is not None:
+            session.inputs.fingerprint()
+        return super().run_safety_checker(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generates images; see `StableDiffusionPipeline.__call__` for the arguments.
 
@@ -256,7 +264,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         guidance = {name: arguments[name] for name in ("guidance_scale", "guidance_rescale")}
         size = _size_of(arguments, self.vae_scale_factor)
 
-        fingerprint = Once(
+        fingerprint = cache(
             lambda: take_fingerprint(self, steps=steps, eta=arguments["eta"], schedule=custom, **size, **guidance)
         )
         if self._calibration is not None:
@@ -296,21 +304,25 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         if unknown := [name for name in wanted if name not in allowed]:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {allowed}, but found {unknown}")
 
+        asked = list(dict.fromkeys((*LOOP_TENSORS, *(GUIDED_TENSORS if session.inputs.guided else ()), *wanted)))
+
         def on_step_end(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
             tensors = session.on_step_end(pipe, step, timestep, tensors)
-            result = {name: tensors[name] for name in ("latents", "prompt_embeds")}
+            if not session.looks:  # the host goes by this list at each step, and each entry copies all of its locals
+                asked[:] = dict.fromkeys((*RETURNED_TENSORS, *wanted))
+            result = {name: tensors[name] for name in RETURNED_TENSORS}
             if user is not None:
+                session.inputs.fingerprint()  # before the caller could change the weights
                 result |= user(pipe, step, timestep, {name: tensors[name] for name in wanted})
             session.before_step(pipe, step + 1, result["latents"])
             return result
 
-        loop = (*LOOP_TENSORS, *(GUIDED_TENSORS if session.inputs.guided else ()))
         arguments["callback_on_step_end"] = on_step_end
-        arguments["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys((*loop, *wanted)))
+        arguments["callback_on_step_end_tensor_inputs"] = asked
 
     def _conclude(self, session: Session, output: GuardedStableDiffusionPipelineOutput) -> None:
         """Blanks what was blocked and attaches the records."""
-        records = session.records(len(output.images))
+        records = session.records(self, len(output.images))
         blocked = [row for row, record in enumerate(records) if record.outcome == "blocked"]
         unscored = [record.reason for record in records if record.outcome == "unscored"]
         output.images, output.records = blank_images(output.images, blocked), records

@@ -113,46 +113,29 @@ def test_parts_that_take_turns_encode_nothing_ahead(guarded: Any, monkeypatch: p
     assert not seen
 
 
-def test_what_is_needed_once_is_worked_out_once() -> None:
-    here, seen = threading.get_ident(), []
-
-    def work() -> int:
-        seen.append(threading.get_ident() == here)
-        return len(seen)
-
-    begun, asked = ahead.Once(work), ahead.Once(work)
-    begun.begin()
-    begun.begin()
-    assert [begun(), begun()] == [1, 1]
-    assert [asked(), asked()] == [2, 2]
-    asked.begin()
-    assert seen == [False, True]
-
-
-@pytest.mark.parametrize("begun", [True, False])
-def test_what_fails_is_raised_where_it_is_needed(begun: bool) -> None:
-    def work() -> None:
-        raise ValueError("no weights")
-
-    once = ahead.Once(work)
-    if begun:
-        once.begin()
-    for _ in range(2):
-        with pytest.raises(ValueError, match="no weights"):
-            once()
-
-
-def test_the_fingerprint_is_taken_beside_the_call(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, seen = threading.get_ident(), []
-    take = stable_diffusion.take_fingerprint
+@pytest.mark.parametrize(("output_type", "place"), [("np", ["loop", "fingerprint", "images"]), ("latent", ["loop"])])
+def test_the_fingerprint_is_taken_once_while_a_gpu_decodes(
+    guarded: Any, monkeypatch: pytest.MonkeyPatch, output_type: str, place: list[str]
+) -> None:
+    """Of a call without a callback; with one, before it is first called (below)."""
+    order, take, pipe = ["loop"], stable_diffusion.take_fingerprint, guarded(watching())
+    postprocess = pipe.image_processor.postprocess
 
     def look(*args: Any, **options: Any) -> Any:
-        seen.append(threading.get_ident() == here)
+        order.append("fingerprint")
         return take(*args, **options)
 
+    def images(*args: Any, **options: Any) -> Any:
+        order.append("images")
+        return postprocess(*args, **options)
+
     monkeypatch.setattr(stable_diffusion, "take_fingerprint", look)
-    output, _ = latents_of(guarded(watching()))
-    assert seen == [False]
+    monkeypatch.setattr(pipe.image_processor, "postprocess", images)
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: order.__setitem__(slice(None), ["loop"]))
+    output, _ = latents_of(pipe, output_type=output_type)
+    hook.remove()
+    assert order[: len(place)] == place
+    assert order.count("fingerprint") == 1
     assert len({record.fingerprint for record in output.records}) == 1
 
 

@@ -13,6 +13,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from pipelines.calls import PROMPTS, STEPS, latents_of, scores_of
 from tiny import EVERYBODY, seeded, watching
 
+from sd_guard.pipelines.inputs import GUIDED_TENSORS, LOOP_TENSORS
+from sd_guard.pipelines.session import Session
+
 
 def test_user_callbacks(plain: Any, guarded: Any) -> None:
     """Once a step, given what was asked for, and what they return is sampled on."""
@@ -33,6 +36,44 @@ def test_user_callbacks(plain: Any, guarded: Any) -> None:
     watched, _ = latents_of(guarded(watching(doubt=EVERYBODY)), **call)
     assert torch.equal(watched.images, expected.images)
     assert seen == of_host == [(step, ["latents", "negative_prompt_embeds", "prompt_embeds"]) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_a_callback_may_write_to_what_it_has_returned(plain: Any, guarded: Any, guidance_scale: float) -> None:
+    """Into one buffer at each step: what was observed before the deciding step stays what it was."""
+
+    def into(buffer: torch.Tensor | None) -> Any:
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": tensors["latents"] if buffer is None else buffer.copy_(tensors["latents"])}
+
+        return callback
+
+    pipe, call = guarded(watching(doubt=EVERYBODY)), {"guidance_scale": guidance_scale}
+    fresh, _ = latents_of(pipe, callback_on_step_end=into(None), **call)
+    same, _ = latents_of(pipe, callback_on_step_end=into(torch.empty_like(fresh.images)), **call)
+    assert torch.equal(fresh.images, same.images)
+    assert [record.statistics for record in fresh.records] == [record.statistics for record in same.records]
+
+
+def test_the_host_is_asked_for_what_somebody_looks_at(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor that is asked for costs the host a copy of all its locals, at each step."""
+    given: list[set[str]] = []
+    own = Session.on_step_end
+
+    def on_step_end(self: Any, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        given.append(set(tensors))
+        return own(self, pipe, step, timestep, tensors)
+
+    monkeypatch.setattr(Session, "on_step_end", on_step_end)
+    wanted = ["negative_prompt_embeds"]
+    latents_of(
+        guarded(watching()),
+        callback_on_step_end=lambda *_: {},
+        callback_on_step_end_tensor_inputs=wanted,
+    )
+    decided = 3  # the deciding step, after which nothing is looked at
+    assert all({*LOOP_TENSORS, *GUIDED_TENSORS, *wanted} == each for each in given[: decided + 1])
+    assert [{"latents", "prompt_embeds", *wanted}] * (STEPS - decided - 1) == given[decided + 1 :]
 
 
 def test_unknown_callback_tensor(guarded: Any) -> None:

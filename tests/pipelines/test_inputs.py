@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import seeded
 
-from sd_guard.pipelines.ahead import Once
 from sd_guard.pipelines.inputs import CallInputs
 
 
@@ -14,7 +13,7 @@ def inputs(generator: Any, seed: int = 0) -> CallInputs:
     def nothing(*_: Any) -> Any:
         raise AssertionError("not asked for")
 
-    return CallInputs(None, generator, seed, True, True, 7.5, 0.0, 0.0, nothing, Once(nothing))
+    return CallInputs(None, generator, seed, True, True, 7.5, 0.0, 0.0, nothing, nothing)
 
 
 def test_seeds() -> None:

@@ -74,9 +74,9 @@ def test_a_relapse_at_the_end_is_blocked(guarded: Any) -> None:
     session.cases[1].attempts[:] = [attempt]
     session.replaced[1] = SimpleNamespace(row=1)
     session._verify(torch.randn_like(memory))
-    assert [record.outcome for record in session.records(3)][1] == "rescued"
+    assert [record.outcome for record in session.records(pipe, 3)][1] == "rescued"
     session._verify(0.3 * memory + 5.0)  # a faint copy on another ground
-    assert [record.outcome for record in session.records(3)][1] == "blocked"
+    assert [record.outcome for record in session.records(pipe, 3)][1] == "blocked"
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
