@@ -130,8 +130,8 @@ class Calibration:
 class Calibrator:
     """Takes the records of benign images, and of memorized ones where some are known, and yields a calibration.
 
-    Records of `sd-guard calibrate`, or of a guard with `max_attempts=0` and the threshold ``-inf``, have all looks of
-    every image. An image that was changed before the last look counts with the score it was flagged by.
+    Records of `sd-guard calibrate`, or of a guard with `look_at_all=True` and `max_attempts=0`, have all looks of every
+    image. An image that was changed before the last look counts with the score it was flagged by.
 
     Attributes:
         guard: that scored them.
@@ -169,10 +169,10 @@ class Calibrator:
                 raise ValueError(f"record of configuration {record.fingerprint}, not {self.fingerprint.digest}")
             scored = record.outcome != "unscored" and all(math.isfinite(each.value) for each in record.statistics)
             seen = observations_of(record) if scored else []
-            if seen and self._looks_again and not record.attempts and not any(map(_is_later, seen)):
+            if seen and not record.attempts and not any(map(_is_later, seen)) and self._looks_after(seen[-1].step):
                 raise ValueError(
-                    "record without later looks, as a guard leaves them out where they could change no verdict: take "
-                    "those of sd-guard calibrate, or of a guard with max_attempts=0 and threshold=-math.inf"
+                    "record without later looks, which a guard leaves out where they could change no verdict: take "
+                    "those of sd-guard calibrate, or of a guard with look_at_all=True"
                 )
             (self.memorized if memorized else self.benign).append(seen)
 
@@ -203,9 +203,8 @@ class Calibrator:
             benign_scores=tuple(sorted(_recorded(judge, seen) for seen in benign[::each] if seen)),
         )
 
-    @property
-    def _looks_again(self) -> bool:
-        return bool(self.guard.later_steps(self.fingerprint.steps))
+    def _looks_after(self, step: int) -> bool:
+        return max(self.guard.later_steps(self.fingerprint.steps), default=step) > step
 
     def _check_enough(self) -> None:
         scored = sum(map(bool, self.benign))

@@ -18,16 +18,15 @@ _ROUNDING = 1e-4  # of scores, which are sums in float32
 
 
 class Detector(Protocol):
-    """Scores a trajectory; higher is more memorized. A verdict depends on no other image of the batch."""
+    """Scores a trajectory; higher is more memorized. A verdict depends on no other image of the batch.
+
+    One with a number `highest_rise` says what later looks can add to a score at most, all of them together; images that
+    this cannot lift over the threshold are not looked at again. Without it, every image is.
+    """
 
     @property
     def threshold(self) -> float:
         """Scores above it are flagged."""
-        ...
-
-    @property
-    def highest_rise(self) -> float:
-        """What later looks can add to a score, all of them together, at most; `inf` where that is not bounded."""
         ...
 
     def score(self, observations: Sequence[Observation], later: Sequence[Observation] = ()) -> Tensor:
@@ -59,7 +58,8 @@ def is_settled(detector: Detector, score: float) -> bool:
         detector: that gave the score.
         score: of the observations, without later looks.
     """
-    return not math.isfinite(score) or score + detector.highest_rise < detector.threshold - _ROUNDING
+    rise = float(getattr(detector, "highest_rise", math.inf))
+    return not math.isfinite(score) or score + rise < detector.threshold - _ROUNDING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

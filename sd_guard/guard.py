@@ -75,9 +75,11 @@ class Guard:
             would, all shares are of a schedule that begins so much later.
         look_again_at: shares of the schedule, in [0, 1), whose steps look again at what may yet be flagged, and at what
             was flagged or rescued, as far as they are later than the deciding one; none decide once and for all. An
-            image that no look could lift over the threshold gets none (`Detector.highest_rise`). A rescued image of
-            other words that is likely to end in the flagged picture is sampled once more then, from other noise, if the
-            budget allows it, and the better of both is kept.
+            image that no look could lift over the threshold gets none (`sd_guard.detection.is_settled`). A rescued
+            image of other words that is likely to end in the flagged picture is sampled once more then, from other
+            noise, if the budget allows it, and the better of both is kept.
+        look_at_all: look again at every image, also where that can change no verdict: for records that a `Calibrator`
+            is given.
         probes: Rademacher vectors that an image still in doubt gets at the deciding step, two lanes each.
         other_seeds: seeds that one in doubt is held against there, two lanes each: one, and if it stays in doubt, all.
         detector: scores a trajectory.
@@ -88,6 +90,7 @@ class Guard:
 
     observe_at: tuple[float, ...] = (0.02, 0.04, 0.06)
     look_again_at: tuple[float, ...] = (0.2, 0.3, 0.5, 0.98)
+    look_at_all: bool = False
     probes: int = 1
     other_seeds: int = 2
     detector: Detector = field(default_factory=PrematureDetail)

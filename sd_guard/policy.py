@@ -159,6 +159,11 @@ class Case:
         elif self.verdict == "flag" and not self.rescued and math.isfinite(score):
             self.score = score
 
+    def finish(self, *, finite: bool) -> None:
+        """Takes whether the finished latents are numbers: what is none has passed nothing."""
+        if self.verdict == "pass" and not finite:
+            self.verdict = "unscored"
+
     def reopen(self, score: float, resemblance: float) -> None:
         """Takes back that the last attempt passed: a later look says otherwise."""
         self.attempts[-1] = replace(self.attempts[-1], score=score, resemblance=resemblance, passed=False)

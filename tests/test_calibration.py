@@ -96,7 +96,7 @@ def test_benign_scores_are_kept_as_the_guard_records_them() -> None:
 def test_records_without_the_looks_are_refused() -> None:
     """Their scores would be too low, and so the threshold; one that was changed before them is another matter."""
     made = looking()
-    with pytest.raises(ValueError, match=r"record without later looks, .* a guard with max_attempts=0 and threshold=-"):
+    with pytest.raises(ValueError, match=r"record without later looks, .* a guard with look_at_all=True"):
         made.update([record(1.0)])
     attempt = Attempt("forget", 1.0, 0, 0.0, 0.0, True, None)
     made.update([looked_at(1.0, 0.5), replace(record(1.0), attempts=(attempt,), outcome="rescued")])
@@ -247,7 +247,6 @@ def test_memorized_prompts_that_cannot_choose() -> None:
     @dataclass(frozen=True)
     class Plain:
         threshold: float = 0.0
-        highest_rise = math.inf
 
         def score(self, observations: Any, later: Any = None) -> Any:
             return observations[-1].values["added_detail"]

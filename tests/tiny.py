@@ -196,7 +196,6 @@ class DetailRatio:
 
     threshold: float
     doubt: tuple[float, float] = NOBODY
-    highest_rise = 0.0
 
     def score(self, observations: Sequence[Observation], later: Sequence[Observation] = ()) -> torch.Tensor:
         return torch.stack([seen.values["added_detail"] for seen in observations]).mean(0)

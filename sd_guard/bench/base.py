@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, Final, TypeAlias
 
@@ -15,10 +15,9 @@ from sd_guard.detection import PrematureDetail
 from sd_guard.reference import load_truth
 from sd_guard.screening.settings import Dtype
 
-# Flag nothing, and are in doubt of no image, or of every one: to the last question, or to the last look.
+# Flag nothing, and are in doubt of no image, or of every one to the last question.
 NOBODY: Final = PrematureDetail(threshold=math.inf, doubt=math.inf)
-ASKED: Final = PrematureDetail(threshold=math.inf, doubt=-math.inf, undecided=(-math.inf, math.inf))
-EVERYBODY: Final = replace(ASKED, persistence_limit=math.inf)
+EVERYBODY: Final = PrematureDetail(threshold=math.inf, doubt=-math.inf, undecided=(-math.inf, math.inf))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

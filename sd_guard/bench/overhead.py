@@ -14,7 +14,7 @@ from typing import Any, Final
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from sd_guard.bench.base import ASKED, EVERYBODY, NOBODY, Bench, Case, compile_anew, unmeasurable
+from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, compile_anew, unmeasurable
 from sd_guard.bench.settings import Kernel
 from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
@@ -59,8 +59,8 @@ KERNELS: Final[dict[Kernel, Callable[[Any], Any]]] = {
 # All with nothing flagged: no image in doubt; each with one probe, at one step; each in doubt to the last look.
 GUARDS: Final = {
     "none in doubt": Guard(detector=NOBODY),
-    "all probed once": Guard(detector=ASKED, probes=1, other_seeds=0),
-    "all in doubt": Guard(detector=EVERYBODY),
+    "all probed once": Guard(detector=EVERYBODY, probes=1, other_seeds=0),
+    "all in doubt": Guard(detector=EVERYBODY, look_at_all=True),
 }
 
 

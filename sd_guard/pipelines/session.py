@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sd_guard.compiled import no_new_graphs
@@ -61,6 +62,7 @@ class Session:
     replaced: dict[int, Replacement] = field(default_factory=dict)  # in the host's loop, by row
     finished: list[Replacement] = field(default_factory=list)  # in a loop of their own
     escalation: Escalation | None = None
+    sums: Tensor | None = None  # (B,) of the finished latents: not finite where one of their entries is not
     later: list[Observation] = field(default_factory=list)  # looks after the deciding one
     own_until: dict[int, int] = field(default_factory=dict)  # row -> the last step that its own trajectory is judged by
     replaced_at: dict[int, int] = field(default_factory=dict)  # row -> the step at whose end it was changed last
@@ -95,6 +97,8 @@ class Session:
     def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """Observes, and where it decides resolves; returns the tensors that the host's loop shall go on with."""
         count = len(self.timesteps)
+        if pipe.do_classifier_free_guidance and not self.inputs.guided:
+            raise ValueError("guidance was turned on in the middle of sampling: start with it, or disable_guard()")
         if self.looks and self.watch is not None:
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
@@ -106,6 +110,7 @@ class Session:
         if step + 1 == count:
             tensors = self._deliver(tensors)
             self._verify(tensors["latents"])
+            self.sums = tensors["latents"].sum((1, 2, 3), dtype=torch.float32)
         self._read_level(pipe, step + 1)
         return self._write_texts(tensors, step + 1, count)
 
@@ -138,8 +143,6 @@ class Session:
             tensors["cross_attention_kwargs"],
         )
         guided = tensors["latent_model_input"].shape[0] > tensors["latents"].shape[0]
-        if guided and not self.inputs.guided:
-            raise ValueError("guidance was turned on in the middle of sampling: start with it, or disable_guard()")
         before = self.walk or Walk(lanes, ())
         fewer = not guided and before.count > lanes.prompt_embeds.shape[0]
         scale = pipe.guidance_scale if guided else None
@@ -165,7 +168,8 @@ class Session:
         self.observations, scores = decide(detector, self.observations, self.guard.questions, ask)
         for score, spent in zip(scores, lanes_of(self.observations), strict=True):
             self.cases.append(Case(verdict_of(score, detector.threshold), score, call.step, budget, lanes=spent))
-        self.own_until = {row: call.step for row, score in enumerate(scores) if is_settled(detector, score)}
+        if not self.guard.look_at_all:
+            self.own_until = {row: call.step for row, score in enumerate(scores) if is_settled(detector, score)}
         if len(self.own_until) == len(scores):
             self.watch = replace(watch, later_steps=())  # no look could change a verdict
         return self._resolve(pipe, call.step, tensors)
@@ -318,6 +322,8 @@ class Session:
         if self.calls:  # sampling ended before the deciding step
             self._observe(pipe)
         values = read_values([*self.observations, *self.later])
+        for case, total in zip(self.cases, self.sums.tolist() if self.sums is not None else (), strict=False):
+            case.finish(finite=math.isfinite(total))
         spent = lanes_of(self.observations) or (0,) * images
         cases = self.cases or [Case("unscored", math.nan, 0, 0, lanes=lanes) for lanes in spent]
         digest = self.inputs.fingerprint().digest

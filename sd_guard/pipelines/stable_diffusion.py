@@ -311,8 +311,9 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             if not session.looks:  # the host goes by this list at each step, and each entry copies all of its locals
                 asked[:] = dict.fromkeys((*RETURNED_TENSORS, *wanted))
             result = {name: tensors[name] for name in RETURNED_TENSORS}
-            if user is not None:
+            if user is not None or arguments.get("callback") is not None:
                 session.inputs.fingerprint()  # before the caller could change the weights
+            if user is not None:
                 result |= user(pipe, step, timestep, {name: tensors[name] for name in wanted})
             session.before_step(pipe, step + 1, result["latents"])
             return result

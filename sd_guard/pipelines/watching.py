@@ -1,4 +1,4 @@
-"""What the guard would decide on a plain trajectory: its score, and the lanes that it spends on it."""
+"""What the guard would decide on a plain trajectory: its score, at all looks, and the lanes that it spends on it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -190,8 +189,7 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
         pipe._interrupt = step >= last  # the host's own way to end early
         return tensors
 
-    detector = replace(guard.detector, threshold=-math.inf)  # by which no verdict is settled before the last look
-    pipe.enable_guard(replace(guard, detector=detector, plan=(), policy=Policy(max_attempts=0, on_failure="keep")))
+    pipe.enable_guard(replace(guard, look_at_all=True, policy=Policy(max_attempts=0, on_failure="keep")))
     try:
         output = pipe(
             prompt=list(prompts),

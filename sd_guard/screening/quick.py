@@ -143,6 +143,7 @@ class QuickScreener:
         if calibration is not None:
             calibration.check(fingerprint)
             guard = calibration.apply(guard)
+        guard = replace(guard, look_again_at=())
         scheduler, device = copy_scheduler(pipe.scheduler), pipe._execution_device
         scheduler.set_timesteps(model.steps, device=device)
         timesteps, clear = scheduler.timesteps, first_clear_step(scheduler, scheduler.timesteps.tolist())

@@ -28,7 +28,7 @@ def test_operations_of_a_call_with_nothing_in_doubt(count: int) -> None:
     plain, guarded = build(StableDiffusionPipeline, parts), build(GuardedStableDiffusionPipeline, parts)
     guarded.enable_guard(Guard(detector=NOBODY))
     operations(guarded, count)  # reads the weights, once
-    assert operations(guarded, count) - operations(plain, count) <= 103
+    assert operations(guarded, count) - operations(plain, count) <= 104
 
 
 def test_a_known_model_is_recognised_without_reading_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:

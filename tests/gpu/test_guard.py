@@ -202,7 +202,7 @@ def synchronisations() -> Iterator[list[warnings.WarningMessage]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("detector", "more"), [(NOBODY, 1), (EVERYBODY, 2 + len(Guard().questions))])
+@pytest.mark.parametrize(("detector", "more"), [(NOBODY, 1), (EVERYBODY, 1 + len(Guard().questions))])
 def test_the_host_waits_in_the_loop_for_decisions_only(
     synchronisations: list[warnings.WarningMessage], detector: PrematureDetail, more: int
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +67,6 @@ class DetailThere:
     """Scores the detail of the predicted image: about 0.78 of the memory, 0.1 of what is ordinary."""
 
     threshold: float = 0.4
-    highest_rise = math.inf
 
     def score(self, observations: Any, later: Sequence[Observation] = ()) -> Tensor:
         return observations[-1].values["detail"]

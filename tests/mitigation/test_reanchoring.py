@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,7 +113,6 @@ class FlagsTwo:
     """Flags the first of two images; what is resumed passes."""
 
     threshold: float = 0.5
-    highest_rise = math.inf
 
     def score(self, observations: Any, later: Any = ()) -> Tensor:
         return torch.tensor([1.0, 0.0])[2 - len(observations[0].values["detail"]) :]

@@ -45,7 +45,6 @@ class Told:
     flagged: tuple[float, float] = (9.0, 9.0)
     threshold: float = 0.5
     said: list[float] = field(default_factory=list)
-    highest_rise = math.inf
 
     def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
         images = len(observations[0].values["detail"])
@@ -245,7 +244,6 @@ class ToldEach:
 
     scores: Iterator[list[float]]
     threshold: float = 0.5
-    highest_rise = math.inf
 
     def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
         images = len(observations[0].values["detail"])

@@ -108,10 +108,15 @@ def test_guidance_cut_off(plain: Any, guarded: Any, cutoff: int, several: bool) 
     assert torch.isfinite(rescued.images).all()
 
 
-def test_guidance_turned_on_in_the_middle(guarded: Any) -> None:
+@pytest.mark.parametrize("at", [0, 3, STEPS - 2])
+def test_guidance_turned_on_in_the_middle(guarded: Any, at: int) -> None:
+    """Before the deciding step (3) or after it, when nothing is looked at any more."""
+
     def turn_on(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step != at:
+            return {}
         pipe._guidance_scale = 5.0
-        return {"prompt_embeds": torch.cat([tensors["prompt_embeds"]] * 2) if step == 0 else tensors["prompt_embeds"]}
+        return {"prompt_embeds": torch.cat([tensors["prompt_embeds"]] * 2)}
 
     call = {"callback_on_step_end": turn_on, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     with pytest.raises(ValueError, match="guidance was turned on in the middle"):

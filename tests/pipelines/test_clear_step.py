@@ -12,7 +12,6 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tiny import Forget, Identity, build, seeded, watching
 
-from sd_guard.detection import PrematureDetail
 from sd_guard.evaluation.collect import collect
 from sd_guard.mitigation import Change, NewSeed, Subject
 from sd_guard.noise import first_clear_step, interpret
@@ -59,8 +58,7 @@ class Asks:
 
 
 def test_shares_are_of_the_steps_that_show_something(linear: Any) -> None:
-    always = PrematureDetail(threshold=math.inf, persistence_limit=math.inf)  # looks again at what it will never flag
-    linear.enable_guard(looking(look_again_at=(0.9,), detector=always))
+    linear.enable_guard(looking(look_again_at=(0.9,)))
     records = call(linear).records
     assert first_clear_step(linear.scheduler, linear.scheduler.timesteps.tolist()) == CLEAR
     for record in records:

@@ -38,7 +38,6 @@ class Late:
     later: tuple[float, ...] = (1.0,)
     resumed: tuple[float, ...] = (0.0, 0.0)
     threshold: float = 0.5
-    highest_rise = math.inf
 
     def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
         images = len(observations[0].values["detail"])
@@ -254,6 +253,23 @@ def test_a_settled_image_is_not_judged_by_looks_at_its_batchmates(guarded: Any) 
         alone = latents_of(pipe, prompt=[prompt], generator=[GENERATORS["list"]()[row]])[0].records[0]
         assert [(v.step, v.name) for v in alone.statistics] == [(v.step, v.name) for v in together[row].statistics]
         assert alone.score == pytest.approx(together[row].score, abs=1e-4)
+
+
+@pytest.mark.parametrize("look_at_all", [False, True])
+@pytest.mark.parametrize("broken_at", [2, STEPS - 1])
+def test_what_ends_as_no_number_has_not_passed(guarded: Any, broken_at: int, look_at_all: bool) -> None:
+    """Half precision may overflow after the decision: whoever was settled then, and no batchmate."""
+    pipe = guarded(replace(LOOKED, look_at_all=look_at_all, detector=replace(LOOKED.detector, threshold=9.0)))
+
+    def overflow(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == broken_at - 1:
+            tensors["latents"][1, 0, 0, 0] = math.inf
+        return tensors
+
+    records = latents_of(pipe, callback_on_step_end=overflow)[0].records
+    assert [record.outcome for record in records] == ["passed", "unscored", "passed"]
+    assert (records[1].reason, records[1].decided_at_step) == ("the UNet's output was not finite", None)
+    assert math.isnan(records[1].score)
 
 
 def test_where_all_are_settled_nothing_is_looked_at_or_kept(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:

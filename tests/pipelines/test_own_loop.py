@@ -28,7 +28,6 @@ class Flag:
 
     resumed: tuple[float, float] = (0.0, 0.0)
     threshold: float = 0.5
-    highest_rise = math.inf
 
     def score(self, observations: Any, later: Sequence[Observation] = ()) -> torch.Tensor:
         images = len(observations[0].values["detail"])

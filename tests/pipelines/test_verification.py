@@ -35,7 +35,6 @@ class Fixed:
     threshold: float
     before: float = 9.0
     after: float = 0.0
-    highest_rise = math.inf
 
     def score(self, observations: Any, later: Any = ()) -> torch.Tensor:
         count = len(observations[0].values["added_detail"])

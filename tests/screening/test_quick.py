@@ -39,7 +39,7 @@ PROMPTS = [f"a {colour} {thing}" for colour in ("red", "blue", "grey") for thing
 
 
 def guard(detector: Any = EVERYBODY, *, at: float = 0.13, probes: int = 1, other_seeds: int = 0) -> Guard:
-    return Guard(observe_at=(at,), look_again_at=(), probes=probes, other_seeds=other_seeds, detector=detector)
+    return Guard(observe_at=(at,), probes=probes, other_seeds=other_seeds, detector=detector)
 
 
 def values(record: GuardRecord) -> dict[tuple[int, str], float]:
