@@ -157,6 +157,7 @@ def test_the_fingerprint_is_of_the_weights_before_a_callback_changes_them(
     def change_too(step: int, timestep: Any, _latents: Any) -> None:
         change(pipe, step, timestep, {})
 
-    output, _ = latents_of(pipe, **({"callback": change_too, "callback_steps": 1} if deprecated else {"callback_on_step_end": change}))
+    old, new = {"callback": change_too, "callback_steps": 1}, {"callback_on_step_end": change}
+    output, _ = latents_of(pipe, **(old if deprecated else new))
     assert {record.fingerprint for record in output.records} == {before}
     assert take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5).digest != before
