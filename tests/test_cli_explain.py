@@ -113,6 +113,22 @@ def test_score_and_verdict_are_those_of_a_guarded_call(pipe, memorized, method):
     assert not torch.equal(found.left_open, found.left_open_without)
 
 
+@pytest.mark.parametrize(("threshold", "step"), [(9.0, 1), (0.0, 19)])
+def test_what_the_guard_looks_at_once_is_explained_by_that(pipe, threshold, step):
+    """An ordinary prompt, out of reach of the first threshold, and within that of the second."""
+    novel = next(row["prompt"] for row in load_truth() if (row["family"], row["split"]) == ("novel", "tune"))
+    before = pipe.guard
+    detector = dataclasses.replace(before.detector, threshold=threshold)
+    pipe.enable_guard(dataclasses.replace(before, detector=detector))
+    try:
+        found = look(pipe, novel, steps=20, seed=1, method="gradient_norm")
+        (record,) = pipe(novel, generator=seeded(1), num_inference_steps=20, output_type="latent").records
+    finally:
+        pipe.enable_guard(before)
+    assert (found.verdict, found.step) == (record.verdict, record.decided_at_step) == ("pass", step)
+    assert found.score == pytest.approx(record.score, rel=1e-4)
+
+
 def test_a_memorized_prompt_end_to_end(folder, capsys, memorized):
     assert run(memorized, "--out", "x.png", "--device", "cpu") == 0
     head, *lines, last = capsys.readouterr().out.splitlines()

@@ -38,7 +38,7 @@ def take_turns(*parts: Any) -> bool:
     return any(hasattr(part, "_hf_hook") for part in parts)
 
 
-def on_a_thread(work: Callable[[], T]) -> Future[T]:
+def _on_a_thread(work: Callable[[], T]) -> Future[T]:
     """Has a thread of its own do the work; what it raises is raised where the result is asked for."""
     coming: Future[T] = Future()
 
@@ -64,7 +64,7 @@ class Ahead:
         """Has `encode` called, unless these texts are on their way."""
         if texts in self._coming:
             return
-        self._coming[texts] = on_a_thread(encode)
+        self._coming[texts] = _on_a_thread(encode)
         for oldest in list(self._coming)[:-_KEPT]:
             del self._coming[oldest]
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from sd_guard.attribution import METHODS, Method, WordAttribution, pinned_map, read_text
-from sd_guard.detection import Verdict, verdict_of
+from sd_guard.detection import Verdict, is_settled, verdict_of
 from sd_guard.noise import first_clear_step
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.pipelines.watching import Watching
@@ -76,13 +76,14 @@ def look(
     # At the last of them the noise is less than the step of a difference quotient.
     places = (*watching.later_steps, watching.steps[-1])[len(watching.later_steps) // 2]
     calls: list[StepCall] = []
-    score, threshold, step, verdict = 0.0, guard.detector.threshold, 0, None
+    score, threshold, step, verdict, settled = 0.0, guard.detector.threshold, 0, None, False
     for call in walk(pipe, [prompt], [seed], steps=steps, guidance_scale=guidance_scale):
         if call.step in (*watching.steps, places):
             calls.append(call)
-        if (decided := watching.watch(call)) is not None and verdict != "flag":
+        decided = watching.watch(call)
+        if decided is not None and verdict != "flag" and not settled:
             score, step = decided[0][0], call.step
-            verdict = verdict_of(score, threshold)
+            verdict, settled = verdict_of(score, threshold), is_settled(guard.detector, score)
         if call.step == guard.last_step(count, clear):
             break
     last = calls[-1]

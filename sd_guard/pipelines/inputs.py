@@ -69,3 +69,26 @@ class CallInputs:
 def prediction_type(pipe: Any) -> PredictionType:
     """The parametrisation of the pipeline's UNet, as its scheduler declares it."""
     return pipe.scheduler.config.get("prediction_type", "epsilon")
+
+
+def prompts_of(arguments: dict[str, Any]) -> list[str] | None:
+    """The prompt of each image of the batch."""
+    prompt = arguments["prompt"]
+    if prompt is None:
+        return None
+    prompts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt)
+    return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
+
+
+def size_of(arguments: dict[str, Any], factor: int) -> dict[str, int | None]:
+    """Height and width of the images in pixels, None where they are the model's own; latents that are given decide."""
+    latents: Tensor | None = arguments["latents"]
+    if latents is None:
+        return {name: arguments[name] for name in ("height", "width")}
+    return dict(zip(("height", "width"), (factor * side for side in latents.shape[-2:]), strict=True))
+
+
+def is_empty(negative_prompt: str | list[str] | None) -> bool:
+    """Whether the other lane of guidance has no text."""
+    texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt]
+    return not any(texts)

@@ -23,7 +23,15 @@ from sd_guard.fingerprint import forget_weights, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
 from sd_guard.noise import check_scheduler
 from sd_guard.pipelines.ahead import Ahead, take_turns, texts_of
-from sd_guard.pipelines.inputs import GUIDED_TENSORS, LOOP_TENSORS, RETURNED_TENSORS, CallInputs
+from sd_guard.pipelines.inputs import (
+    GUIDED_TENSORS,
+    LOOP_TENSORS,
+    RETURNED_TENSORS,
+    CallInputs,
+    is_empty,
+    prompts_of,
+    size_of,
+)
 from sd_guard.pipelines.outputs import blank_images
 from sd_guard.pipelines.session import Session
 from sd_guard.settings import guard_from_json, guard_to_json
@@ -262,7 +270,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         custom = next((arguments[name] for name in ("timesteps", "sigmas") if arguments[name] is not None), None)
         steps = len(custom) if custom is not None else arguments["num_inference_steps"]
         guidance = {name: arguments[name] for name in ("guidance_scale", "guidance_rescale")}
-        size = _size_of(arguments, self.vae_scale_factor)
+        size = size_of(arguments, self.vae_scale_factor)
 
         fingerprint = cache(
             lambda: take_fingerprint(self, steps=steps, eta=arguments["eta"], schedule=custom, **size, **guidance)
@@ -273,11 +281,11 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             fingerprint()  # now that all weights are on one device
         guided = guidance["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
         inputs = CallInputs(
-            prompts=_prompts_of(arguments),
+            prompts=prompts_of(arguments),
             generator=arguments["generator"],
             seed=self._guard.seed,
             guided=guided,
-            control_is_empty=_is_empty(arguments["negative_prompt"]) and arguments["negative_prompt_embeds"] is None,
+            control_is_empty=is_empty(arguments["negative_prompt"]) and arguments["negative_prompt_embeds"] is None,
             eta=arguments["eta"],
             encode=self._encoder(arguments),
             fingerprint=fingerprint,
@@ -377,25 +385,3 @@ def check_plan(pipe: Any, guard: Guard) -> None:
                 f"plan: {type(mitigation).__name__} resumes at {asked:g} of the steps, and that is possible at "
                 f"observed steps only, the last at observe_at={last:g}: observe later, or resume earlier"
             )
-
-
-def _prompts_of(arguments: dict[str, Any]) -> list[str] | None:
-    """The prompt of each image of the batch."""
-    prompt = arguments["prompt"]
-    if prompt is None:
-        return None
-    prompts: list[str] = [prompt] if isinstance(prompt, str) else list(prompt)
-    return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
-
-
-def _size_of(arguments: dict[str, Any], factor: int) -> dict[str, int | None]:
-    """Height and width of the images in pixels, None where they are the model's own; latents that are given decide."""
-    latents: Tensor | None = arguments["latents"]
-    if latents is None:
-        return {name: arguments[name] for name in ("height", "width")}
-    return dict(zip(("height", "width"), (factor * side for side in latents.shape[-2:]), strict=True))
-
-
-def _is_empty(negative_prompt: str | list[str] | None) -> bool:
-    texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt]
-    return not any(texts)
