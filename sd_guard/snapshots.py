@@ -16,6 +16,27 @@ from torch import Tensor
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 
+class _NoiseOfSome:
+    """What a scheduler's own source of noise (a Brownian tree, grown for a whole batch) has for some of its images."""
+
+    def __init__(self, sampler: Any, rows: Tensor) -> None:
+        self.sampler, self.rows = sampler, rows
+
+    def __call__(self, *times: Any) -> Tensor:
+        noise: Tensor = self.sampler(*times)
+        return noise[self.rows.to(noise.device)]
+
+
+def share_noise(snapshot: Any, scheduler: Any) -> None:
+    """Gives a scheduler's source of noise to a snapshot from before it was grown, in the scheduler's first step.
+
+    It answers alike whoever asks, and when. A copy that grew its own would resume another trajectory, and take the seed
+    from the caller's global random state.
+    """
+    if getattr(snapshot, "noise_sampler", scheduler) is None:
+        snapshot.noise_sampler = scheduler.noise_sampler
+
+
 def copy_scheduler(scheduler: Any) -> Any:
     """An independent scheduler at the same point of the same schedule; configuration and tables are shared."""
     twin = copy.copy(scheduler)
@@ -39,6 +60,8 @@ def select_images(scheduler: Any, rows: Tensor, latents: Tensor) -> Any:
     for name, value in vars(twin).items():
         if name != "_internal_dict":
             vars(twin)[name] = _map_images(value, latents.shape, lambda t: t[rows.to(t.device)])
+    if getattr(twin, "noise_sampler", None) is not None:
+        twin.noise_sampler = _NoiseOfSome(twin.noise_sampler, rows)
     return twin
 
 

@@ -9,7 +9,15 @@ import torch
 from tiny import SCHEDULERS, make_scheduler, seeded
 from torch import Tensor
 
-from sd_guard.snapshots import copy_scheduler, fork_generators, generator_states, replace_images, select_images
+from sd_guard.noise import SUPPORTED_SCHEDULERS
+from sd_guard.snapshots import (
+    copy_scheduler,
+    fork_generators,
+    generator_states,
+    replace_images,
+    select_images,
+    share_noise,
+)
 
 STEPS, SHAPE = 6, (3, 4, 8, 8)
 
@@ -34,6 +42,11 @@ def begin(name: str) -> tuple[Any, Tensor]:
     return scheduler, noise * scheduler.init_noise_sigma
 
 
+def test_every_supported_scheduler_is_among_those() -> None:
+    tested = {kind for kind, _ in SCHEDULERS.values()}
+    assert tested | {"DPMSolverSDEScheduler"} == SUPPORTED_SCHEDULERS  # that one needs torchsde
+
+
 @pytest.mark.parametrize("middle", range(5))
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_copy_goes_its_own_way(name: str, middle: int) -> None:
@@ -43,6 +56,7 @@ def test_a_copy_goes_its_own_way(name: str, middle: int) -> None:
     x = walk(scheduler, x, 0, middle, generators)
     twin, states = copy_scheduler(scheduler), generator_states(generators)
     end = walk(scheduler, x, middle, len(scheduler.timesteps), generators)
+    share_noise(twin, scheduler)
     forks = fork_generators(seeded(1, 2, 3), states, [0, 1, 2], seed=0)
     assert torch.equal(walk(twin, x, middle, len(twin.timesteps), forks), end)
 

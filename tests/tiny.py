@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import is_torchsde_available
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -38,10 +39,14 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm_multistep_karras": ("DPMSolverMultistepScheduler", {"steps_offset": 1, "use_karras_sigmas": True}),
     "dpm_multistep_sde": ("DPMSolverMultistepScheduler", {"steps_offset": 1, "algorithm_type": "sde-dpmsolver++"}),
     "dpm_singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "sa_solver": ("SASolverScheduler", {"steps_offset": 1}),
     "unipc": ("UniPCMultistepScheduler", {"steps_offset": 1}),
     "deis": ("DEISMultistepScheduler", {"steps_offset": 1}),
     "lcm": ("LCMScheduler", {"steps_offset": 1}),
+    "tcd": ("TCDScheduler", {"steps_offset": 1}),
 }
+if is_torchsde_available():
+    SCHEDULERS["dpm_sde"] = ("DPMSolverSDEScheduler", {"steps_offset": 1})
 
 
 def make_scheduler(name: str, **options: Any) -> Any:

@@ -37,7 +37,7 @@ from sd_guard.pipelines.inputs import CallInputs, prediction_type
 from sd_guard.pipelines.replay import Start, Walk, Watch, control_lanes, is_delayed
 from sd_guard.pipelines.trajectory import denoiser_of
 from sd_guard.policy import Case
-from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images
+from sd_guard.snapshots import copy_scheduler, generator_states, replace_images, select_images, share_noise
 from sd_guard.statistics.base import StepCall
 from sd_guard.statistics.sharpness import survival
 from sd_guard.transfers import index_of
@@ -100,6 +100,7 @@ class Session:
         if pipe.do_classifier_free_guidance and not self.inputs.guided:
             raise ValueError("guidance was turned on in the middle of sampling: start with it, or disable_guard()")
         if self.looks and self.watch is not None:
+            share_noise(self.snapshots[0].scheduler, pipe.scheduler)
             lanes = self._go_on(pipe, tensors)
             if self.level is not None:
                 call = self._read_call(step, timestep, tensors, lanes, self.level)

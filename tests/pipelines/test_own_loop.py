@@ -99,7 +99,7 @@ def test_nothing_changed_arrives_where_the_host_does(guarded: Any, plain: Any, n
     assert torch.equal(output.images[OTHERS], expected.images[OTHERS])
     assert torch.equal(state, own_state)
     torch.testing.assert_close(output.images[ROW], expected.images[ROW], rtol=2e-3, atol=2e-3)
-    if change == "guidance":  # the host's own arithmetic, in calls of the same shape
+    if change == "guidance" and name != "dpm_sde":  # the host's own arithmetic; a Brownian tree is of the whole batch
         assert torch.equal(output.images[ROW], flagged_alone(plain(name)))
 
 
