@@ -25,7 +25,7 @@ from benchmarks.gpu_table import read_lines, table
 ROOT = Path(__file__).parents[1]
 TESTS, MEMORY = "tests", "memory"
 PARTS = {  # s
-    "overhead": 400,
+    "overhead": 420,
     "screen": 150,
     "peers": 120,
     "waits": 60,
