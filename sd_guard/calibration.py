@@ -55,6 +55,8 @@ class Calibration:
         thresholds: step to threshold of the score of the observations up to that step.
         detector: settings of the detector that scored them, all but its threshold.
         benign_scores: as a guard with this threshold records them, ascending, one a prompt.
+        shared_seeds: of these images, where prompts share them (`shared_seeds`); empty where each has its own. Noise
+            moves all scores alike: a threshold from images that share theirs holds for images that have that noise.
     """
 
     fingerprint: Fingerprint
@@ -67,6 +69,7 @@ class Calibration:
     thresholds: Mapping[int, float]
     detector: Mapping[str, Any]
     benign_scores: tuple[float, ...]
+    shared_seeds: tuple[int, ...] = ()
 
     def apply(self, guard: Guard) -> Guard:
         """The guard with this threshold, looking where the benign images were looked at and scoring as they were.
@@ -112,10 +115,11 @@ class Calibration:
             thresholds = {int(step): float(value) for step, value in content.pop("thresholds").items()}
             if not thresholds or any(map(math.isnan, thresholds.values())):  # no score exceeds a NaN: all would pass
                 raise ValueError("no thresholds")
-            lists = {
+            lists: dict[str, tuple[Any, ...]] = {
                 name: tuple(float(x) for x in content.pop(name))
                 for name in ("observe_at", "look_again_at", "benign_scores")
             }
+            lists["shared_seeds"] = tuple(map(int, content.pop("shared_seeds", ())))
             detector = {name: tuple(v) if isinstance(v, list) else v for name, v in content.pop("detector").items()}
             return cls(fingerprint=fingerprint, thresholds=thresholds, detector=detector, **lists, **content)
         except OSError as error:
@@ -140,6 +144,7 @@ class Calibrator:
         images_per_prompt: each prompt's, its records side by side.
         benign: what was seen of each image so far.
         memorized: likewise.
+        seeds: of the benign images.
     """
 
     guard: Guard
@@ -148,6 +153,7 @@ class Calibrator:
     images_per_prompt: int = 1
     benign: list[Trajectory] = field(default_factory=list)
     memorized: list[Trajectory] = field(default_factory=list)
+    seeds: list[int | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuses a rate that no threshold can have."""
@@ -175,6 +181,8 @@ class Calibrator:
                     "those of sd-guard calibrate, or of a guard with look_at_all=True"
                 )
             (self.memorized if memorized else self.benign).append(seen)
+            if not memorized:
+                self.seeds.append(record.seed)
 
     def finish(self) -> Calibration:
         """The calibration.
@@ -201,6 +209,7 @@ class Calibrator:
             thresholds=thresholds,
             detector=scoring_of(detector),
             benign_scores=tuple(sorted(_recorded(judge, seen) for seen in benign[::each] if seen)),
+            shared_seeds=shared_seeds(self.seeds[::each]),
         )
 
     def _looks_after(self, step: int) -> bool:
@@ -261,6 +270,16 @@ def conformal_threshold(scores: Sequence[float], false_positive_rate: float, *, 
 def prompts_needed(false_positive_rate: float, *, choosing: bool = False) -> int:
     """Benign prompts that the rate needs at least; twice as many where memorized ones are to choose by half of them."""
     return math.ceil(1 / false_positive_rate - 1 - 1e-9) * (2 if choosing else 1)
+
+
+def shared_seeds(seeds: Sequence[int | None]) -> tuple[int, ...]:
+    """The seeds that images of different prompts share, ascending; empty where most have one of their own, or none.
+
+    Args:
+        seeds: one a prompt.
+    """
+    known = {seed for seed in seeds if seed is not None}
+    return tuple(sorted(known)) if 2 * len(known) <= len(seeds) else ()
 
 
 def check_rate(name: str, rate: float) -> None:

@@ -66,6 +66,7 @@ def test_calibrator() -> None:
     assert calibration.fingerprint == FINGERPRINT
     assert calibration.detector == {name: getattr(made.guard.detector, name) for name in SCORING}
     assert calibration.benign_scores == tuple(scores[7])
+    assert calibration.shared_seeds == (0,)  # as of all these records
 
 
 def looked_at(score: float, *looks: float) -> GuardRecord:
@@ -294,6 +295,7 @@ CALIBRATION = Calibration(
     thresholds={5: 1.0, 15: -0.25},
     detector=SCORING,
     benign_scores=(-0.5, 0.25),
+    shared_seeds=(2, 2**62),
 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from sd_guard.calibration import Calibration
+from sd_guard.calibration import Calibration, shared_seeds
 from sd_guard.drift import _kolmogorov_smirnov, check_drift
 from sd_guard.fingerprint import Fingerprint
 from sd_guard.screening.records import Row, unscored_row
@@ -131,19 +133,64 @@ def test_a_rate_that_is_none(rate: float) -> None:
         check_drift([1.0], [1.0], false_alarms=rate)
 
 
-def test_a_run_says_what_was_found_or_that_nothing_could_be(tmp_path: Path) -> None:
+FINGERPRINT = Fingerprint("m", "DDIM", 50, "7.5", "float32")
+BENIGN = tuple(np.linspace(-1.0, 1.0, 200).tolist())
+
+
+def warned(
+    folder: Path,
+    scores: Sequence[float],
+    seeds: Sequence[int],
+    shared: tuple[int, ...] = (),
+    depths: Sequence[str] = (),
+) -> str:
+    """What is said of a run, one image a prompt; nothing where nothing is."""
+    calibration = Calibration(FINGERPRINT, 0.1, 200, (0.1,), (), 1, 0, {5: 0.8}, {}, BENIGN, shared)
+    calibration.save(folder / "c.json")
+    digests = [*depths, *[FINGERPRINT.digest] * (len(scores) - len(depths))]
+    rows = [
+        unscored_row(prompt=str(n), family=None, seed=seed, index=n, reason="")
+        | {"score": score, "fingerprint": digest}
+        for n, (score, seed, digest) in enumerate(zip(scores, seeds, digests, strict=True))
+    ]
+    return drift_warning(cast("list[Row]", rows), folder / "c.json") or ""
+
+
+@pytest.mark.parametrize(("seeds", "shared"), [(range(200), ()), ([3] * 200, (3,)), ([3, 4] * 100, (3, 4))])
+def test_a_run_says_what_was_found_or_that_nothing_could_be(
+    tmp_path: Path, seeds: Sequence[int], shared: tuple[int, ...]
+) -> None:
     """Also of a run that lies above its calibration as a whole, which no test can tell from a memorized one."""
-    benign = tuple(np.linspace(-1.0, 1.0, 200).tolist())
-    fingerprint = Fingerprint("m", "DDIM", 50, "7.5", "float32")
-    Calibration(fingerprint, 0.1, 200, (0.1,), (), 1, 0, {5: 0.8}, {}, benign).save(tmp_path / "c.json")
+    assert not warned(tmp_path, BENIGN, seeds, shared)
+    assert "have left the calibration's" in warned(tmp_path, [score / 9 for score in BENIGN], seeds, shared)
+    assert "drift not checked: 0 of 200" in warned(tmp_path, [score + 5 for score in BENIGN], seeds, shared)
 
-    def warning(scores: list[float]) -> str | None:
-        rows = [
-            unscored_row(prompt=str(n), family=None, seed=0, index=n, reason="") | {"score": score}
-            for n, score in enumerate(scores)
-        ]
-        return drift_warning(cast("list[Row]", rows), tmp_path / "c.json")
 
-    assert warning([*benign]) is None
-    assert "have left the calibration's" in (warning([score / 9 for score in benign]) or "")
-    assert "drift not checked: 0 of 200" in (warning([score + 5 for score in benign]) or "")
+@pytest.mark.parametrize(
+    ("seeds", "shared", "said"),
+    [
+        ([0] * 200, (), "the prompts have all seed 0, the calibration's seeds of their own; .*; give prompts seeds of"),
+        ([0, 1] * 100, (), "the prompts have 2 seeds in common, the calibration's seeds of their own"),
+        ([5] * 200, (0,), "the prompts have all seed 5, the calibration's all seed 0; .*; calibrate with the run's"),
+        (range(200), (0,), "the prompts have seeds of their own, the calibration's all seed 0"),
+    ],
+)
+def test_noise_that_one_side_shares_is_no_drift(
+    tmp_path: Path, seeds: Sequence[int], shared: tuple[int, ...], said: str
+) -> None:
+    """It moves the scores of all prompts alike: the same prompts would seem others."""
+    said = f"drift not checked: {said}"
+    message = warned(tmp_path, [score / 9 for score in BENIGN], seeds, shared)
+    assert re.match(said, message)
+    assert "\n" not in message
+
+
+def test_scores_of_another_depth_are_no_drift(tmp_path: Path) -> None:
+    message = warned(tmp_path, BENIGN, range(200), depths=["another"] * 150)
+    assert message == "drift not checked: 150 of 200 images are of another depth than the calibration"
+
+
+def test_a_calibration_knows_the_seeds_that_its_images_share() -> None:
+    assert shared_seeds([0] * 9) == (0,)
+    assert shared_seeds([7, 3] * 4) == (3, 7)
+    assert shared_seeds(range(9)) == shared_seeds([None] * 9) == shared_seeds([]) == ()

@@ -89,29 +89,48 @@ def summarize(run: Path | Store) -> Summary:
 
 
 def scores_of(run: Path | Store) -> Iterator[Mapping[str, Any]]:
-    """Prompt and score of the first `DRIFT_IMAGES` images of a run."""
-    rows = (row for batch in scan_run(run, ("prompt", "score")) for row in batch.to_pylist())
+    """What the drift of a run is judged by, of its first `DRIFT_IMAGES` images."""
+    rows = (row for batch in scan_run(run, ("prompt", "seed", "score", "fingerprint")) for row in batch.to_pylist())
     return islice(cast("Iterator[Mapping[str, Any]]", rows), DRIFT_IMAGES)
 
 
 def drift_warning(rows: Iterable[Mapping[str, Any]], calibration: Path) -> str | None:
     """What there is to say of a run whose benign scores have left those of its calibration; None if they have not.
 
-    Also says where that could not be checked: a run that lies above the calibration as a whole is such a case.
+    Also says where that could not be checked: where a run lies above the calibration as a whole, where some images are
+    of another depth, and where prompts share noise that the calibration's did not, which moves their scores alike.
 
     Args:
-        rows: With `prompt` and `score`.
+        rows: With `prompt`, `seed`, `score` and `fingerprint`.
         calibration: The file.
     """
-    from sd_guard.calibration import Calibration
+    from sd_guard.calibration import Calibration, shared_seeds
     from sd_guard.drift import check_drift
 
-    first: dict[str, float] = {}
+    own, first = Calibration.load(calibration), dict[str, Mapping[str, Any]]()
     for row in rows:
         if row["score"] is not None:
-            first.setdefault(row["prompt"], row["score"])
-    drift = check_drift(Calibration.load(calibration).benign_scores, list(first.values()))
+            first.setdefault(row["prompt"], row)
+    other = sum(row["fingerprint"] != own.fingerprint.digest for row in first.values())
+    if other:
+        return f"drift not checked: {other} of {len(first)} images are of another depth than the calibration"
+    seeds = shared_seeds([row["seed"] for row in first.values()])
+    if seeds != own.shared_seeds:
+        remedy = (
+            "give prompts seeds of their own (a seed column)" if not own.shared_seeds else "calibrate with the run's"
+        )
+        return (
+            f"drift not checked: the prompts have {_named(seeds)}, the calibration's {_named(own.shared_seeds)}; noise "
+            f"moves all scores alike, and so the share that is flagged; {remedy}"
+        )
+    drift = check_drift(own.benign_scores, [row["score"] for row in first.values()])
     return drift.message if drift.drifted or drift.p_value is None else None
+
+
+def _named(seeds: tuple[int, ...]) -> str:
+    if not seeds:
+        return "seeds of their own"
+    return f"all seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds in common"
 
 
 def _cells(name: str, counts: Counts) -> tuple[str, ...]:
