@@ -169,10 +169,14 @@ def test_a_run_says_what_was_found_or_that_nothing_could_be(
 @pytest.mark.parametrize(
     ("seeds", "shared", "said"),
     [
-        ([0] * 200, (), "the prompts have all seed 0, the calibration's seeds of their own; .*; give prompts seeds of"),
-        ([0, 1] * 100, (), "the prompts have 2 seeds in common, the calibration's seeds of their own"),
-        ([5] * 200, (0,), "the prompts have all seed 5, the calibration's all seed 0; .*; calibrate with the run's"),
-        (range(200), (0,), "the prompts have seeds of their own, the calibration's all seed 0"),
+        ([0] * 200, (), "the prompts share seed 0, those of the calibration have seeds of their own; .*; give prompts"),
+        ([0, 1] * 100, (), "the prompts share 2 seeds, those of the calibration have seeds of their own"),
+        (
+            [5] * 200,
+            (0,),
+            "the prompts share seed 5, those of the calibration share seed 0; .*; calibrate with the run's",
+        ),
+        (range(200), (0,), "the prompts have seeds of their own, those of the calibration share seed 0"),
     ],
 )
 def test_noise_that_one_side_shares_is_no_drift(

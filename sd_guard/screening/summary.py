@@ -116,11 +116,9 @@ def drift_warning(rows: Iterable[Mapping[str, Any]], calibration: Path) -> str |
         return f"drift not checked: {other} of {len(first)} images are of another depth than the calibration"
     seeds = shared_seeds([row["seed"] for row in first.values()])
     if seeds != own.shared_seeds:
-        remedy = (
-            "give prompts seeds of their own (a seed column)" if not own.shared_seeds else "calibrate with the run's"
-        )
+        remedy = "calibrate with the run's" if own.shared_seeds else "give prompts seeds of their own (a seed column)"
         return (
-            f"drift not checked: the prompts have {_named(seeds)}, the calibration's {_named(own.shared_seeds)}; noise "
+            f"drift not checked: the prompts {_named(seeds)}, those of the calibration {_named(own.shared_seeds)}; noise "
             f"moves all scores alike, and so the share that is flagged; {remedy}"
         )
     drift = check_drift(own.benign_scores, [row["score"] for row in first.values()])
@@ -129,8 +127,8 @@ def drift_warning(rows: Iterable[Mapping[str, Any]], calibration: Path) -> str |
 
 def _named(seeds: tuple[int, ...]) -> str:
     if not seeds:
-        return "seeds of their own"
-    return f"all seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds in common"
+        return "have seeds of their own"
+    return f"share seed {seeds[0]}" if len(seeds) == 1 else f"share {len(seeds)} seeds"
 
 
 def _cells(name: str, counts: Counts) -> tuple[str, ...]:
