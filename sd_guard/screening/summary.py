@@ -118,8 +118,8 @@ def drift_warning(rows: Iterable[Mapping[str, Any]], calibration: Path) -> str |
     if seeds != own.shared_seeds:
         remedy = "calibrate with the run's" if own.shared_seeds else "give prompts seeds of their own (a seed column)"
         return (
-            f"drift not checked: the prompts {_named(seeds)}, those of the calibration {_named(own.shared_seeds)}; noise "
-            f"moves all scores alike, and so the share that is flagged; {remedy}"
+            f"drift not checked: the prompts {_named(seeds)}, those of the calibration {_named(own.shared_seeds)}; "
+            f"noise moves all scores alike, and so the share that is flagged; {remedy}"
         )
     drift = check_drift(own.benign_scores, [row["score"] for row in first.values()])
     return drift.message if drift.drifted or drift.p_value is None else None
