@@ -191,7 +191,18 @@ def test_noise_that_one_side_shares_is_no_drift(
 
 def test_scores_of_another_depth_are_no_drift(tmp_path: Path) -> None:
     message = warned(tmp_path, BENIGN, range(200), depths=["another"] * 150)
-    assert message == "drift not checked: 150 of 200 images are of another depth than the calibration"
+    assert message.startswith("drift not checked: 150 of 200 images are of another depth than the calibration; screen")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("shared", [(), (0,)])
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_run_of_next_to_nothing_is_too_small_whatever_its_seeds(
+    tmp_path: Path, count: int, shared: tuple[int, ...]
+) -> None:
+    """One prompt at the seed that the calibration's share does not have one of its own."""
+    message = warned(tmp_path, [-0.5] * count, [0] * count, shared)
+    assert message.startswith(f"drift not checked: {count} of {count} images score below")
 
 
 def test_a_calibration_knows_the_seeds_that_its_images_share() -> None:

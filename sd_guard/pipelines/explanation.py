@@ -83,7 +83,8 @@ def look(
         decided = watching.watch(call)
         if decided is not None and verdict != "flag" and not settled:
             score, step = decided[0][0], call.step
-            verdict, settled = verdict_of(score, threshold), is_settled(guard.detector, score)
+            verdict = verdict_of(score, threshold)
+            settled = is_settled(guard.detector, score) and not guard.look_at_all
         if call.step == guard.last_step(count, clear):
             break
     last = calls[-1]

@@ -113,13 +113,17 @@ def drift_warning(rows: Iterable[Mapping[str, Any]], calibration: Path) -> str |
             first.setdefault(row["prompt"], row)
     other = sum(row["fingerprint"] != own.fingerprint.digest for row in first.values())
     if other:
-        return f"drift not checked: {other} of {len(first)} images are of another depth than the calibration"
-    seeds = shared_seeds([row["seed"] for row in first.values()])
-    if seeds != own.shared_seeds:
+        return (
+            f"drift not checked: {other} of {len(first)} images are of another depth than the calibration; screen with "
+            "its own, not with --depth auto, to have it checked"
+        )
+    seeds = [row["seed"] for row in first.values()]
+    alike = {*seeds} == {*own.shared_seeds} if own.shared_seeds else not shared_seeds(seeds)
+    if first and not alike:
         remedy = "calibrate with the run's" if own.shared_seeds else "give prompts seeds of their own (a seed column)"
         return (
-            f"drift not checked: the prompts {_named(seeds)}, those of the calibration {_named(own.shared_seeds)}; "
-            f"noise moves all scores alike, and so the share that is flagged; {remedy}"
+            f"drift not checked: the prompts {_named(shared_seeds(seeds))}, those of the calibration "
+            f"{_named(own.shared_seeds)}; noise moves all scores alike, and so the share that is flagged; {remedy}"
         )
     drift = check_drift(own.benign_scores, [row["score"] for row in first.values()])
     return drift.message if drift.drifted or drift.p_value is None else None
