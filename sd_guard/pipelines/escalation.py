@@ -174,16 +174,25 @@ class Escalation:
         self.drawn_again.add(row)
         found = self._attempt({row: change})
         before, again = case.attempts[-2:]
-        better = found and not self.survival_of(rescue) <= self.survival_of(found[0])
+        better = False
+        if found:
+            as_before, now = torch.cat([self.survival_of(rescue), self.survival_of(found[0])]).tolist()
+            better = not as_before <= now
         case.prefer(*((again, before) if better else (before, again)))
         if found:
             self._remember(case.attempts[-2], rescue if better else found[0])
         return found[0] if better else None
 
-    def survival_of(self, rescue: Replacement) -> float:
-        """How much of the flagged picture its last look shows."""
+    def judge(self, rescue: Replacement) -> Tensor:
+        """(3,) of a rescued image at its last look: score, what is left of the flagged picture, and its survival."""
+        seen = [seen.select([rescue.index]) for seen in rescue.resumed.observations]
+        left = self.left_of([rescue.row], [rescue.change], predicted_image(rescue.later))
+        return torch.cat([self.guard.detector.score(seen, rescue.later), left, self.survival_of(rescue)])
+
+    def survival_of(self, rescue: Replacement) -> Tensor:
+        """(1,) how much of the flagged picture its last look shows."""
         now, row = predicted_image(rescue.later), slice(rescue.row, rescue.row + 1)
-        return float(survival(now, predicted_image(self.observations)[row], self.control[row]))
+        return survival(now, predicted_image(self.observations)[row], self.control[row])
 
     def _next(self, row: int) -> Change | None:
         """The next change that the image can still afford; closes its case where there is none.

@@ -184,29 +184,39 @@ class Session:
             pictures[new.row] = predicted_image(new.resumed.observations)[new.index]
         look = look_again(call, prediction_type(pipe), pictures)
         self.later.append(look)
-        for row, score in enumerate(detector.score(self.observations, self.later).tolist()):
+        for new in self.replaced.values():
+            new.later.append(look.select([new.row]))
+        rescues = [new for new in self.replaced.values() if self.cases[new.row].rescued]
+        scores, judged = self._read(rescues)
+        for row, score in enumerate(scores):
             if row not in self.own_until:
                 self.cases[row].look_again(verdict_of(score, detector.threshold), score, call.step)
-        for new in list(self.replaced.values()):
-            new.later.append(look.select([new.row]))
-            if self.cases[new.row].rescued:
-                tensors = self._follow(pipe, call.step, new, tensors)
+        for rescue, own in zip(rescues, judged, strict=True):
+            tensors = self._follow(pipe, call.step, rescue, own, tensors)
         return self._resolve(pipe, call.step, tensors)
 
-    def _follow(self, pipe: Any, step: int, rescue: Replacement, tensors: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, rescues: Sequence[Replacement]) -> tuple[list[float], list[list[float]]]:
+        """The scores of all B trajectories, and `Escalation.judge` of each rescued image: one host synchronisation."""
+        told = [self.guard.detector.score(self.observations, self.later)]
+        if self.escalation is not None:
+            told += [self.escalation.judge(rescue) for rescue in rescues]
+        values = torch.cat(told).tolist()
+        return values[: len(self.cases)], [values[i : i + 3] for i in range(len(self.cases), len(values), 3)]
+
+    def _follow(
+        self, pipe: Any, step: int, rescue: Replacement, judged: Sequence[float], tensors: dict[str, Any]
+    ) -> dict[str, Any]:
         """Reopens the case of a rescued image that a later look finds suspicious.
 
         One that passes, but is likely to end in the flagged picture, is sampled once more, from other noise.
         """
+        score, near, survives = judged
         assert self.escalation is not None
         assert self.walk is not None
         detector, policy = self.guard.detector, self.guard.policy
-        seen = [seen.select([rescue.index]) for seen in rescue.resumed.observations]
-        score = float(detector.score(seen, rescue.later))
-        near = float(self.escalation.left_of([rescue.row], [rescue.change], predicted_image(rescue.later)))
         if not policy.accepts(score, detector.threshold, near):
             self.escalation.take_back(rescue, score, near)
-        elif policy.may_relapse(self.escalation.survival_of(rescue), step / len(self.timesteps)):
+        elif policy.may_relapse(survives, step / len(self.timesteps)):
             self.escalation.walk = self.walk
             again = self.escalation.draw_again(rescue)
             if again is not None:

@@ -54,9 +54,10 @@ def walk(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = _initial_latents(pipe, scheduler, generators, prompt_embeds)
     arguments: dict[str, Any] = pipe.prepare_extra_step_kwargs(generators, 0.0)
+    on_host = scheduler.timesteps.tolist()  # at once: each would be waited for
     for step, timestep in enumerate(scheduler.timesteps):
         x = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-        level = read_level(scheduler, timestep)
+        level = read_level(scheduler, on_host[step])
         negative, conditional = evaluate_lanes(pipe.unet, x, timestep, lanes).chunk(2)
         noise = guide(conditional, negative, guidance_scale, 0.0) if guided else conditional
         before, latents = latents, scheduler.step(noise, timestep, latents, **arguments, return_dict=False)[0]

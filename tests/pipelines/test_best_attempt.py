@@ -283,7 +283,7 @@ def test_of_two_noises_the_one_that_was_given_up_is_an_attempt_as_others_are(
 ) -> None:
     """The other is taken back at the last look, and is further from passing."""
     left = iter([0.7, *([0.7, 0.1] if better else [0.1, 0.7]), 0.1])
-    monkeypatch.setattr(Escalation, "survival_of", lambda _self, _rescue: next(left))
+    monkeypatch.setattr(Escalation, "survival_of", lambda _self, _rescue: torch.tensor([next(left)]))
     scores = [0.0, 0.0, 0.0, 0.0, 9.0, 1.0]  # at once, at the first look; of other noise; at the last look
     guard = wary(keeping((Say("a cat"),), Told(scores), {**LATER, "look_again_at": (0.5, 0.98)}))
     pipe = guarded(guard)

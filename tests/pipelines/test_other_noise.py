@@ -57,7 +57,7 @@ def wary(guard: Guard) -> Guard:
 def survivals(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What is left of the flagged picture, in the order in which it is asked."""
     left: list[float] = []
-    monkeypatch.setattr(Escalation, "survival_of", lambda _self, _rescue: left.pop(0))
+    monkeypatch.setattr(Escalation, "survival_of", lambda _self, _rescue: torch.tensor([left.pop(0)]))
     return left
 
 
