@@ -150,8 +150,7 @@ class Escalation:
                 continue
             self._go_on([row], resumed, until, 0)
             if len(resumed.later) > len(failed.resumed.later):
-                scores = self.guard.detector.score(resumed.observations, resumed.later).tolist()
-                score, _, near = self._compare([row], resumed, scores)[0]
+                score, _, near = self._compare([row], resumed)[0]
             if math.isfinite(score):
                 case.keep(attempt, score, near)
                 return replace(failed, resumed=resumed, index=0)
@@ -264,7 +263,7 @@ class Escalation:
         for stop in (*looks, until):  # what passes a look goes on to the next
             if resumed.step < stop and all(policy.accepts(*look) for look in seen):
                 self._go_on(rows, resumed, stop, 0)
-                seen = self._compare(rows, resumed, detector.score(resumed.observations, resumed.later).tolist())
+                seen = self._compare(rows, resumed)
         rescued: list[Replacement] = []
         for index, (row, change, look) in enumerate(zip(rows, changes.values(), seen, strict=True)):
             passed = policy.accepts(*look)
@@ -284,11 +283,20 @@ class Escalation:
             self.cases[row].lanes += self.walk.cost(resumed.step, until) + controls
         resumed.go_on(until)
 
-    def _compare(self, rows: list[int], resumed: Resumed, scores: list[float]) -> list[tuple[float, float, float]]:
-        """What the policy accepts by: score, threshold, and what is left of the flagged picture, of each image."""
-        now, threshold = predicted_image([*resumed.observations, *resumed.later]), self.guard.detector.threshold
-        left = self.left_of(rows, resumed.changes, now).tolist()
-        return [(score, threshold, near) for score, near in zip(scores, left, strict=True)]
+    def _compare(
+        self, rows: list[int], resumed: Resumed, scores: Sequence[float] | None = None
+    ) -> list[tuple[float, float, float]]:
+        """What the policy accepts by: score, threshold, and what is left of the flagged picture, of each image.
+
+        Scores that were not read yet are read with the rest: one host synchronisation.
+        """
+        now, detector = predicted_image([*resumed.observations, *resumed.later]), self.guard.detector
+        left = self.left_of(rows, resumed.changes, now)
+        if scores is None:
+            both = torch.stack([detector.score(resumed.observations, resumed.later), left]).tolist()
+        else:
+            both = scores, left.tolist()
+        return [(score, detector.threshold, near) for score, near in zip(*both, strict=True)]
 
     def left_of(self, rows: Sequence[int], changes: Sequence[Change], now: Tensor) -> Tensor:
         """(F,) what (F, C, H, W) predicted pictures have left of the flagged ones.
