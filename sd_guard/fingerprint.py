@@ -13,10 +13,11 @@ import torch
 
 
 class _Weights(NamedTuple):
-    """Digest of a module's weights, and their dtype as diffusers names it."""
+    """Digest of a module's weights, their dtype as diffusers names it, and its adapters."""
 
     digest: str
     dtype: str
+    adapters: list[str]
 
 
 _SAMPLED_ENTRIES = 16  # of each weight, evenly spaced: a fine-tune or a fused adapter changes some of them
@@ -28,8 +29,9 @@ class Fingerprint:
     """One configuration.
 
     Attributes:
-        model: digest of the UNet's configuration, entries of all weights of UNet and text encoder, and the names of
-            active adapters; and the size of the latents, where it is not the UNet's own.
+        model: digest of the UNet's configuration, entries of all weights of UNet and text encoder, and the adapters
+            that are on, with their scales; and the size of the latents, where it is not the UNet's own, and
+            `clip_skip`, where used.
         scheduler: class and digest of its configuration; `eta` and a digest of the caller's own schedule, where used.
         steps: number of UNet steps.
         guidance: guidance scale, and `rescale` where used.
@@ -63,6 +65,8 @@ def take_fingerprint(
     schedule: Sequence[float] | None = None,
     height: int | None = None,
     width: int | None = None,
+    clip_skip: int | None = None,
+    lora_scale: float | None = None,
 ) -> Fingerprint:
     """The fingerprint of a pipeline's call.
 
@@ -75,14 +79,17 @@ def take_fingerprint(
         schedule: `timesteps` or `sigmas` of the call, where the caller gave them.
         height: of the image, in pixels; None for the model's own.
         width: likewise.
+        clip_skip: as of the call.
+        lora_scale: what the call multiplies its adapters' scales by: `scale` of its `cross_attention_kwargs`.
     """
     config = {key: value for key, value in dict(pipe.scheduler.config).items() if not key.startswith("_")}
     scheduler = f"{type(pipe.scheduler).__name__} {_digest(config)}" + (f" eta {eta:g}" if eta else "")
     if schedule is not None:
         scheduler += f" schedule {_digest([float(place) for place in schedule])}"
     unet = _read_weights(pipe.unet)
+    skip = "" if clip_skip is None else f" clip_skip {clip_skip}"
     return Fingerprint(
-        model=_model_digest(pipe, unet) + _other_size(pipe, height, width),
+        model=_model_digest(pipe, unet, lora_scale) + _other_size(pipe, height, width) + skip,
         scheduler=scheduler,
         steps=steps,
         guidance=f"{guidance_scale:g}" + (f" rescale {guidance_rescale:g}" if guidance_rescale else ""),
@@ -98,12 +105,14 @@ def _other_size(pipe: Any, height: int | None, width: int | None) -> str:
     return "" if asked == own else f" at {asked[0]} x {asked[1]}"
 
 
-def _model_digest(pipe: Any, unet: _Weights) -> str:
+def _model_digest(pipe: Any, unet: _Weights, lora_scale: float | None) -> str:
     config = {key: value for key, value in dict(pipe.unet.config).items() if not key.startswith("_")}
-    adapters = sorted(pipe.unet.active_adapters()) if getattr(pipe.unet, "peft_config", None) else []
     encoder = [_read_weights(pipe.text_encoder)] if isinstance(pipe.text_encoder, torch.nn.Module) else []
-    weights = [each.digest for each in (unet, *encoder)]
-    return _digest({"config": config, "adapters": adapters, "weights": weights})
+    read = (unet, *encoder)
+    adapters = [adapter for each in read for adapter in each.adapters]
+    if adapters and lora_scale not in (None, 1):
+        adapters.append(f"by {lora_scale:g}")
+    return _digest({"config": config, "adapters": adapters, "weights": [each.digest for each in read]})
 
 
 def _read_weights(module: Any) -> _Weights:
@@ -112,17 +121,17 @@ def _read_weights(module: Any) -> _Weights:
     Kept until a weight is moved or written to: reading hundreds of tensors, and asking diffusers for their dtype, costs
     more than a sampling step should. Torch does not say of what is written through `.data`: see `forget_weights`.
     """
-    held = _parameters_of(module)
+    held, adapters = _parameters_of(module), _adapters_of(module)
     if any(weight.is_meta for weight in held):
-        return _Weights("unread", _dtype_of(module))  # sequential offload keeps no weights at hand
-    state = [w.data_ptr() for w in held] + [0 if w.is_inference() else w._version for w in held]
+        return _Weights("unread", _dtype_of(module), adapters)  # sequential offload keeps no weights at hand
+    state = [w.data_ptr() for w in held], [0 if w.is_inference() else w._version for w in held], adapters
     known = _read.get(module)
     if known is None or known[0] != state:
         weights = list(module.parameters())
         entries = [w.detach().flatten()[:: max(1, w.numel() // _SAMPLED_ENTRIES)].to(torch.float16) for w in weights]
         sample = torch.cat(entries).cpu() if entries else torch.empty(0, dtype=torch.float16)
         digest = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
-        _read[module] = known = (state, _Weights(digest, _dtype_of(module)))
+        _read[module] = known = (state, _Weights(digest, _dtype_of(module), adapters))
     return known[1]
 
 
@@ -131,6 +140,20 @@ def forget_weights(*modules: Any) -> None:
     for module in modules:
         if module is not None:
             _read.pop(module, None)
+
+
+def _adapters_of(module: Any) -> list[str]:
+    """What peft's layers say of the adapters that are on, or fused, and of their scales; its own names for all."""
+    if not getattr(module, "peft_config", None):
+        return []
+    found: list[str] = []
+    for name, layer in module.named_modules():
+        if isinstance(disabled := getattr(layer, "disable_adapters", None), bool):  # of a whole model it is a method
+            scales, fused = getattr(layer, "scaling", {}), getattr(layer, "merged_adapters", [])
+            on = [] if disabled else [f"{one} {scales.get(one, 1):.6g}" for one in layer.active_adapters]
+            if on or fused:
+                found.append(f"{name}: {', '.join(on)}; fused {', '.join(fused)}")
+    return found
 
 
 def _dtype_of(module: Any) -> str:

@@ -88,6 +88,11 @@ def size_of(arguments: dict[str, Any], factor: int) -> dict[str, int | None]:
     return dict(zip(("height", "width"), (factor * side for side in latents.shape[-2:]), strict=True))
 
 
+def lora_scale_of(arguments: dict[str, Any]) -> float | None:
+    """What the call multiplies the scales of its adapters by."""
+    return (arguments["cross_attention_kwargs"] or {}).get("scale")
+
+
 def is_empty(negative_prompt: str | list[str] | None) -> bool:
     """Whether the other lane of guidance has no text."""
     texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt]

@@ -29,6 +29,7 @@ from sd_guard.pipelines.inputs import (
     RETURNED_TENSORS,
     CallInputs,
     is_empty,
+    lora_scale_of,
     prompts_of,
     size_of,
 )
@@ -270,11 +271,13 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         custom = next((arguments[name] for name in ("timesteps", "sigmas") if arguments[name] is not None), None)
         steps = len(custom) if custom is not None else arguments["num_inference_steps"]
         guidance = {name: arguments[name] for name in ("guidance_scale", "guidance_rescale")}
-        size = size_of(arguments, self.vae_scale_factor)
-
-        fingerprint = cache(
-            lambda: take_fingerprint(self, steps=steps, eta=arguments["eta"], schedule=custom, **size, **guidance)
-        )
+        own: dict[str, Any] = {
+            **guidance,
+            **size_of(arguments, self.vae_scale_factor),
+            **{name: arguments[name] for name in ("eta", "clip_skip")},
+            "lora_scale": lora_scale_of(arguments),
+        }
+        fingerprint = cache(lambda: take_fingerprint(self, steps=steps, schedule=custom, **own))
         if self._calibration is not None:
             self._calibration.check(fingerprint())
         if take_turns(self.unet, self.text_encoder):
@@ -294,7 +297,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         return Session(self._guard, inputs)
 
     def _encoder(self, arguments: dict[str, Any]) -> Callable[[Sequence[str]], Tensor]:
-        scale = (arguments["cross_attention_kwargs"] or {}).get("scale")
+        scale = lora_scale_of(arguments)
 
         def encode(prompts: Sequence[str]) -> Tensor:
             device, skip = self._execution_device, arguments["clip_skip"]

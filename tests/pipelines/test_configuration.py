@@ -184,6 +184,7 @@ def test_another_model_has_another_fingerprint(own_parts: dict[str, Any]) -> Non
             assert take() != own
             weight.div_(1.5)
         assert take() == own
+    assert take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5, clip_skip=1).model != own
     assert take_fingerprint(pipe.to(torch.float16), steps=STEPS, guidance_scale=7.5).model == own
 
 
