@@ -143,7 +143,7 @@ def forget_weights(*modules: Any) -> None:
 
 
 def _adapters_of(module: Any) -> list[str]:
-    """What peft's layers say of the adapters that are on, or fused, and of their scales; its own names for all."""
+    """A line for each of peft's layers with adapters that are on, or fused: its name, theirs, and their scales."""
     if not getattr(module, "peft_config", None):
         return []
     found: list[str] = []
@@ -152,7 +152,8 @@ def _adapters_of(module: Any) -> list[str]:
             scales, fused = getattr(layer, "scaling", {}), getattr(layer, "merged_adapters", [])
             on = [] if disabled else [f"{one} {scales.get(one, 1):.6g}" for one in layer.active_adapters]
             if on or fused:
-                found.append(f"{name}: {', '.join(on)}; fused {', '.join(fused)}")
+                own = name.replace("_orig_mod.", "")  # the name that a part has by being compiled
+                found.append(f"{own}: {', '.join(on)}; fused {', '.join(fused)}")
     return found
 
 

@@ -67,6 +67,17 @@ def test_so_is_each_scale(pipe: Any) -> None:
     assert digest(pipe) == own
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_it_is_the_same_model(pipe: Any, whole: bool) -> None:
+    add(pipe)
+    own = digest(pipe)
+    if whole:
+        pipe.unet = torch.compile(pipe.unet)
+    else:
+        pipe.unet.mid_block = torch.compile(pipe.unet.mid_block)
+    assert digest(pipe) == own
+
+
 @pytest.mark.parametrize(
     ("fuse", "unfuse"),
     [
