@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
+from sd_guard.screening.families import FAMILIES, MEMORIZED, kind_of
 from sd_guard.screening.prompts import MAX_SEED, PromptRow
 from sd_guard.screening.settings import ModelSettings, RunSettings
-
-Kind: TypeAlias = Literal["verbatim", "template", "memorized", "plain", "novel"]
 
 GUARD: Final = "guard"  # the guard's own score, as one more statistic
 SEED_STRIDE: Final = 1_000_000  # torch's CPU generator reads the low 32 bits of a seed: a stride of 2^32 repeats images
 DEFAULT_SHARES: Final = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3, 0.4, 1.0)
-MEMORIZED: Final[tuple[Kind, ...]] = ("verbatim", "template", "memorized")
-OTHER: Final[tuple[Kind, ...]] = ("plain", "novel")
-
-# What prompt lists call their families, in lower case with `_` for spaces and hyphens. Matching, retrieval and template
-# verbatim are Webster's (2023, arXiv 2305.08694): the first two give back one image, the last a part of one.
-FAMILIES: Final[Mapping[str, Kind]] = {
-    **dict.fromkeys(("verbatim", "vm", "mv", "matching_verbatim", "rv", "retrieval_verbatim"), "verbatim"),
-    **dict.fromkeys(("template", "tm", "tv", "template_verbatim"), "template"),
-    **dict.fromkeys(("memorized", "memorised"), "memorized"),
-    "plain": "plain",
-    **dict.fromkeys(("novel", "other", "ordinary", "benign", "unmemorized", "unmemorised", "not_memorized"), "novel"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +22,8 @@ class EvaluationSettings:
     """One evaluation: labelled prompts x seeds, each statistic, one model.
 
     Attributes:
-        prompts: `.csv` or `.jsonl` with the columns `prompt` and `family` (a key of `FAMILIES`); `seed` is optional.
+        prompts: `.csv` or `.jsonl` with the columns `prompt` and `family` (a key of
+            `screening.families.FAMILIES`); `seed` is optional.
         out: The folder to write.
         model: The model and its sampling; images of the model's own size.
         statistics: Names; None for all that `seeds` allows, but the dearest.
@@ -91,11 +79,6 @@ def image_seed(row: PromptRow, index: int, number: int) -> int:
     if seed > MAX_SEED:
         raise ValueError(f"seed {row.seed} of prompt {index} is too large for {number + 1} images; use a smaller one")
     return seed
-
-
-def kind_of(family: str) -> Kind | None:
-    """What a label means; None for a word that is not known."""
-    return FAMILIES.get("_".join(family.casefold().replace("-", " ").split()))
 
 
 def check_labels(path: Path, rows: Sequence[PromptRow]) -> None:

@@ -39,7 +39,7 @@ from sd_guard.evaluation.metrics import (
     resample,
     weighted_auroc,
 )
-from sd_guard.evaluation.settings import MEMORIZED, OTHER, Kind, kind_of
+from sd_guard.screening.families import FAMILIES, MEMORIZED, OTHER, Kind, kind_of
 
 METRICS: Final[Mapping[str, Metric]] = {
     "auroc": weighted_auroc,
@@ -227,5 +227,5 @@ def _series(measurements: Measurements, prompts: int) -> Iterator[_Series]:
 def _kind(family: str | None) -> Kind:
     kind = None if family is None else kind_of(family)
     if kind is None:
-        raise ValueError(f"family {family!r} is not known; label each prompt by one of sd_guard.evaluation's FAMILIES")
+        raise ValueError(f"family {family!r} is not known; use one of {', '.join(FAMILIES)}")
     return kind

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from sd_guard.screening.families import MEMORIZED, OTHER, Kind, kind_of
 from sd_guard.screening.jobs import Job, expand
 from sd_guard.screening.loading import first_line
 from sd_guard.screening.prompts import MAX_SEED, PromptRow, read_prompts
@@ -108,11 +109,15 @@ def plan_calibration(settings: CalibrationSettings, *, resume: bool = False) -> 
     Prompts that are repeated count once: their scores say no more than those of one.
 
     Raises:
-        ValueError: If prompts cannot be read or are too few for the rate, a prompt is on both lists, `out` exists, or
-            `resume` finds other settings.
+        ValueError: If prompts cannot be read or are too few for the rate, a prompt is on both lists or has a `family`
+            of the other, `out` exists, or `resume` finds other settings.
     """
     benign = _distinct(settings.prompts)
-    memorized = [] if settings.memorized is None else _distinct(settings.memorized)
+    _check_families(settings.prompts, benign, MEMORIZED, "keep benign ones alone, and give the others by --memorized")
+    memorized: list[PromptRow] = []
+    if settings.memorized is not None:
+        memorized = _distinct(settings.memorized)
+        _check_families(settings.memorized, memorized, OTHER, "keep memorized ones alone")
     _check_enough(settings, len(benign))
     both = {row.prompt for row in benign} & {row.prompt for row in memorized}
     if both:
@@ -263,6 +268,14 @@ def _expand(rows: Sequence[PromptRow], settings: CalibrationSettings) -> Iterato
             raise ValueError(f"seed {start} with --seeds {settings.seeds} would exceed {MAX_SEED}; use smaller seeds")
         for image in range(settings.seeds):
             yield Job(place * settings.seeds + image, row.prompt, row.family, start + image)
+
+
+def _check_families(path: Path, rows: Sequence[PromptRow], wrong: Sequence[Kind], remedy: str) -> None:
+    """Refuses a list whose own labels say that it holds the other kind of prompts, too."""
+    kinds = [kind for row in rows if (kind := kind_of(row.family or "")) in wrong]
+    if kinds:
+        families = ", ".join(sorted({str(kind) for kind in kinds}))
+        raise ValueError(f"{path}: {len(kinds)} of {len(rows)} prompts are {families} by their family; {remedy}")
 
 
 def _check_enough(settings: CalibrationSettings, prompts: int) -> None:

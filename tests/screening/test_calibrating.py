@@ -316,6 +316,33 @@ def test_a_prompt_on_both_lists(settings: CalibrationSettings) -> None:
         plan_calibration(settings)
 
 
+def test_a_list_whose_labels_say_otherwise(settings: CalibrationSettings) -> None:
+    """A labelled list for an evaluation holds memorized prompts, too: they are no benign ones."""
+    labelled = settings.prompts.with_suffix(".csv")
+    labelled.write_text("prompt,family\n" + "\n".join(f"{prompt},TM" for prompt in BENIGN[:2]) + "\nthe hippo,\n")
+    told = r"benign\.csv: 2 of 3 prompts are template by their family; keep benign ones alone, and give"
+    with pytest.raises(ValueError, match=told):
+        plan_calibration(replace(settings, prompts=labelled))
+    plain = settings.prompts.with_name("known.csv")
+    plain.write_text("prompt,family\nthe hippo,plain\nthe podcast,VM\nthe rose,novel\n")
+    with pytest.raises(
+        ValueError, match=r"known\.csv: 2 of 3 prompts are novel, plain by their family; keep memorized"
+    ):
+        plan_calibration(replace(settings, memorized=plain, false_positive_rate=0.25))
+    assert not settings.partial.exists()
+
+
+def test_labels_that_say_the_same_or_nothing_are_taken(settings: CalibrationSettings) -> None:
+    labelled = settings.prompts.with_suffix(".csv")
+    labelled.write_text(
+        "prompt,family\n" + "\n".join(f"{prompt},{'novel' if 'd' in prompt else 'mine'}" for prompt in BENIGN)
+    )
+    known = settings.prompts.with_name("known.csv")
+    known.write_text("prompt,family\nthe hippo,VM\nthe podcast,\n")
+    settings = replace(settings, prompts=labelled, memorized=known, false_positive_rate=0.25)
+    assert len(plan_calibration(settings).jobs) == len(BENIGN) + 2
+
+
 def test_a_calibration_is_not_made_with_one(settings: CalibrationSettings) -> None:
     settings.out.write_bytes((checkpoint_path() / "calibration.json").read_bytes())
     with pytest.raises(ValueError, match="a calibration is made without one; leave --calibration out"):
