@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.results import write_result
 from sd_guard.evaluation.metrics import auroc, tpr_at
 from sd_guard.guard import Guard, GuardRecord
-from sd_guard.noise import first_clear_step, interpret, read_level
+from sd_guard.noise import early_steps, interpret, read_level
 from sd_guard.observation import Observation, observe
 from sd_guard.pipelines.inputs import prediction_type
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
@@ -202,7 +202,7 @@ def full_line(pipe: Any, rows: list[PromptTruth]) -> dict[str, Any]:
     way = {"way": "guard's first decision, full schedule", "observe_at": guard.observe_at, **asked_in_doubt(guard)}
     measured = sample(pipe, rows, guard, num_inference_steps=MODEL.steps)
     timesteps = pipe.scheduler.timesteps.tolist()
-    decided = guard.steps(len(timesteps), first_clear_step(pipe.scheduler, timesteps))[-1]
+    decided = guard.steps(len(timesteps), early_steps(pipe.scheduler, timesteps))[-1]
     return with_sampling(way, measured, lanes=2 * (decided + 1))
 
 

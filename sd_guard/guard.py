@@ -12,6 +12,8 @@ from sd_guard.mitigation import EmbeddingNoise, Mitigation, SummaryReplacement, 
 from sd_guard.observation import Question
 from sd_guard.policy import Attempt, Outcome, Policy
 
+_EXACT = 1e-9  # that 0.06 of 50 steps may lack of 3
+
 
 @dataclass(frozen=True, slots=True)
 class StatisticValue:
@@ -72,7 +74,8 @@ class Guard:
     Attributes:
         observe_at: shares of the schedule in [0, 1) whose steps give the free statistics; the last one decides. The
             first does not lie before the first step that shows anything (`sd_guard.noise.first_clear_step`): where it
-            would, all shares are of a schedule that begins so much later.
+            would, all shares are of a schedule that begins so much later. A share between two steps means the nearer
+            one, but of an early and a later one (`sd_guard.noise.early_steps`) the early one.
         look_again_at: shares of the schedule, in [0, 1), whose steps look again at what may yet be flagged, and at what
             was flagged or rescued, as far as they are later than the deciding one; none decide once and for all. An
             image that no look could lift over the threshold gets none (`sd_guard.detection.is_settled`). A rescued
@@ -133,26 +136,36 @@ class Guard:
         """The same guard with other policy settings."""
         return replace(self, policy=replace(self.policy, **changes))
 
-    def steps(self, count: int, clear: int = 0) -> list[int]:
+    def steps(self, count: int, early: range | None = None) -> list[int]:
         """Steps to observe, ascending, of a schedule of `count` timesteps.
 
-        None is before `clear`, the first that shows anything: where the first share lies earlier, all shares are of a
-        schedule that begins so much later.
+        Args:
+            count: of timesteps.
+            early: of `sd_guard.noise.early_steps`; None for a schedule that is early throughout.
         """
-        return sorted({max(clear, step) for step in self._places(self.observe_at, count, clear)})
+        early = early if early is not None else range(count)
+        begin = self._begin(count, early)
+        places: set[int] = set()
+        for share in self.observe_at:
+            nearest = begin + step_at(share, count - begin)
+            before = begin + int(share * (count - begin) + _EXACT)
+            places.add(max(early.start, before if before < early.stop <= nearest else nearest))
+        return sorted(places)
 
-    def later_steps(self, count: int, clear: int = 0) -> list[int]:
-        """Steps that look again, ascending, all after the deciding one."""
-        deciding = self.steps(count, clear)[-1]
-        return sorted(step for step in self._places(self.look_again_at, count, clear) if step > deciding)
+    def later_steps(self, count: int, early: range | None = None) -> list[int]:
+        """Steps that look again, ascending, all after the deciding one; arguments as of `steps`."""
+        early = early if early is not None else range(count)
+        begin, deciding = self._begin(count, early), self.steps(count, early)[-1]
+        places = {begin + step_at(share, count - begin) for share in self.look_again_at}
+        return sorted(step for step in places if step > deciding)
 
-    def last_step(self, count: int, clear: int = 0) -> int:
-        """The last step that anything is looked at."""
-        return [*self.steps(count, clear), *self.later_steps(count, clear)][-1]
+    def last_step(self, count: int, early: range | None = None) -> int:
+        """The last step that anything is looked at; arguments as of `steps`."""
+        return [*self.steps(count, early), *self.later_steps(count, early)][-1]
 
-    def _places(self, shares: Sequence[float], count: int, clear: int) -> set[int]:
-        begin = max(0, clear - step_at(min(self.observe_at), count))
-        return {begin + step_at(share, count - begin) for share in shares}
+    def _begin(self, count: int, early: range) -> int:
+        """Where the schedule begins that shares are of."""
+        return max(0, early.start - step_at(min(self.observe_at), count))
 
 
 def _are_shares(values: Any) -> bool:

@@ -19,9 +19,11 @@ from oracles import PointMass
 from sd_guard import noise
 from sd_guard.noise import (
     CLEAR_SIGMA,
+    EARLY_SIGMA,
     SUPPORTED_SCHEDULERS,
     NoiseLevel,
     check_scheduler,
+    early_steps,
     first_clear_step,
     interpret,
     read_level,
@@ -235,6 +237,20 @@ def test_consistency_models_warn_once(caplog: pytest.LogCaptureFixture, monkeypa
             read_level(scheduler, t)
     assert [r.name for r in caplog.records] == ["sd_guard.noise"]
     assert "probability-flow" in caplog.text
+
+
+@pytest.mark.parametrize("name", sorted(SUPPORTED_SCHEDULERS - {"DPMSolverSDEScheduler"}))
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_early_steps_are_those_in_much_noise(name: str, kind: str) -> None:
+    scheduler = build(name, "plain", kind)
+    for count in (1, 4, 10, 40):
+        scheduler.set_timesteps(count)
+        timesteps = scheduler.timesteps.tolist()
+        early = early_steps(scheduler, timesteps)
+        assert len(early) >= 1 and early.start == first_clear_step(scheduler, timesteps)
+        levels = [NoiseLevel.from_alpha_bar(float(scheduler.alphas_cumprod[int(t)])).sigma for t in timesteps]
+        assert all(sigma >= EARLY_SIGMA for sigma in levels[early.start + 1 : early.stop])
+        assert early.stop == len(levels) or levels[early.stop] < EARLY_SIGMA
 
 
 @pytest.mark.parametrize("name", sorted(SUPPORTED_SCHEDULERS - {"DPMSolverSDEScheduler"}))

@@ -133,13 +133,37 @@ def test_no_step_is_before_the_first_clear_one(
     """All are on the schedule; with all of it clear they are as ever."""
     clear = data.draw(st.integers(0, count - 1))
     guard = Guard(observe_at=tuple(observed), look_again_at=tuple(later))
-    steps, again = guard.steps(count, clear), guard.later_steps(count, clear)
-    assert clear <= steps[0] and guard.last_step(count, clear) < count
+    early = range(clear, count)
+    steps, again = guard.steps(count, early), guard.later_steps(count, early)
+    assert clear <= steps[0] and guard.last_step(count, early) < count
     assert [*steps, *again] == sorted({*steps, *again})
     if clear <= guard.steps(count)[0]:
         assert (steps, again) == (guard.steps(count), guard.later_steps(count))
     else:
         assert steps[0] - clear <= 1  # no later than it has to be
+
+
+@given(shares, st.integers(1, 200), st.data())
+def test_a_share_means_no_later_step_than_it_says_once_the_noise_is_low(
+    observed: list[float], count: int, data: st.DataObject
+) -> None:
+    stop = data.draw(st.integers(1, count))
+    guard, early = Guard(observe_at=tuple(observed), look_again_at=()), range(stop)
+    anywhere, steps = guard.steps(count), guard.steps(count, early)
+    assert [step for step in anywhere if step < stop] == [step for step in anywhere if step in steps and step < stop]
+    assert all(step - 1 >= stop or step < stop or step <= max(observed) * count + 1e-6 for step in steps)
+    assert guard.steps(count, range(count)) == anywhere
+
+
+def test_a_short_schedule_is_judged_by_its_first_step() -> None:
+    """One step of ten goes as far as five of fifty, after which the model sees the picture without the prompt, too."""
+    guard = Guard()
+    assert [guard.steps(count, range(1)) for count in (1, 4, 9, 10, 16)] == [[0]] * 5
+    assert guard.steps(10) == [0, 1]  # with noise enough
+    assert guard.steps(50, range(5)) == guard.steps(50) == [1, 2, 3]
+    assert guard.steps(50, range(1)) == [1, 2, 3]  # which no rounding has made late
+    assert guard.steps(50, range(11, 13)) == [11, 12]
+    assert Guard(observe_at=(0.5,)).steps(10, range(1)) == [5]  # as it was asked for
 
 
 @given(shares, st.integers(1, 1000))

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from sd_guard.evaluation.settings import DEFAULT_SHARES, GUARD, image_seed
 from sd_guard.guard import Guard, step_at
-from sd_guard.noise import first_clear_step
+from sd_guard.noise import early_steps
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.pipelines.watching import Watching
 from sd_guard.screening.prompts import PromptRow
@@ -207,7 +207,7 @@ def _plan(
     scheduler = deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     count = len(scheduler.timesteps)  # second-order schedulers have more of them than steps
-    clear = first_clear_step(scheduler, scheduler.timesteps.tolist())
+    early = early_steps(scheduler, scheduler.timesteps.tolist())
 
     def by_step(asked: Sequence[T]) -> dict[int, list[T]]:
         found: defaultdict[int, list[T]] = defaultdict(list)
@@ -224,8 +224,8 @@ def _plan(
         single=by_step(statistics),
         seeded=by_step(seed_statistics),
         guard=guard,
-        watched=guard.steps(count, clear) if guard is not None else [],
-        later_steps=guard.later_steps(count, clear) if guard is not None else [],
+        watched=guard.steps(count, early) if guard is not None else [],
+        later_steps=guard.later_steps(count, early) if guard is not None else [],
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sd_guard.attribution import METHODS, Method, WordAttribution, pinned_map, read_text
 from sd_guard.detection import Verdict, is_settled, verdict_of
-from sd_guard.noise import first_clear_step
+from sd_guard.noise import early_steps
 from sd_guard.pipelines.trajectory import denoiser_of, walk
 from sd_guard.pipelines.watching import Watching
 from sd_guard.statistics.base import StepCall
@@ -68,10 +68,10 @@ def look(
     """
     scheduler = deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
-    count, clear = len(scheduler.timesteps), first_clear_step(scheduler, scheduler.timesteps.tolist())
+    count, early = len(scheduler.timesteps), early_steps(scheduler, scheduler.timesteps.tolist())
     guard = pipe.guard
     model = denoiser_of(pipe, [(seed + 0x9E3779B97F4A7C15) % 2**64])  # the probes that the guard would draw
-    watching = Watching(guard, model, guard.steps(count, clear), guard.later_steps(count, clear))
+    watching = Watching(guard, model, guard.steps(count, early), guard.later_steps(count, early))
     text = read_text(pipe, prompt)
     # At the last of them the noise is less than the step of a difference quotient.
     places = (*watching.later_steps, watching.steps[-1])[len(watching.later_steps) // 2]
@@ -85,7 +85,7 @@ def look(
             score, step = decided[0][0], call.step
             verdict = verdict_of(score, threshold)
             settled = is_settled(guard.detector, score) and not guard.look_at_all
-        if call.step == guard.last_step(count, clear):
+        if call.step == guard.last_step(count, early):
             break
     last = calls[-1]
     assert verdict is not None

@@ -19,7 +19,7 @@ from sd_guard.compiled import no_new_graphs
 from sd_guard.detection import decide, is_settled, verdict_of
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning
-from sd_guard.noise import NoiseLevel, first_clear_step, interpret, read_level
+from sd_guard.noise import NoiseLevel, early_steps, interpret, read_level
 from sd_guard.observation import (
     STATISTICS,
     Observation,
@@ -70,9 +70,11 @@ class Session:
     def begin(self, pipe: Any, latents: Tensor) -> None:
         """Takes the snapshot that trajectories resume from: after the latents were drawn, before the first step."""
         self.timesteps = pipe.scheduler.timesteps.tolist()  # once: each on its own would be waited for
-        guard, count, clear = self.guard, len(self.timesteps), first_clear_step(pipe.scheduler, self.timesteps)
+        guard, count, early = self.guard, len(self.timesteps), early_steps(pipe.scheduler, self.timesteps)
         seeds = [self.inputs.probe_seed_of(row) for row in range(latents.shape[0])]
-        self.watch = Watch(self.timesteps, clear, guard.steps(count, clear), guard.later_steps(count, clear), seeds)
+        self.watch = Watch(
+            self.timesteps, early.start, guard.steps(count, early), guard.later_steps(count, early), seeds
+        )
         if not (self.inputs.guided and self.inputs.control_is_empty):
             self._empty()  # will be needed: where models take turns on the device, the text encoder's is now
         self._keep(pipe, 0, latents)

@@ -181,7 +181,7 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
     """
     import torch
 
-    from sd_guard.noise import first_clear_step
+    from sd_guard.noise import early_steps
     from sd_guard.policy import Policy
 
     guard, calibration, last = pipe.guard, getattr(pipe, "calibration", None), 0
@@ -190,7 +190,7 @@ def score_prompts(pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], 
         nonlocal last
         if step == 0:
             timesteps = pipe.scheduler.timesteps.tolist()
-            last = guard.last_step(len(timesteps), first_clear_step(pipe.scheduler, timesteps))
+            last = guard.last_step(len(timesteps), early_steps(pipe.scheduler, timesteps))
         pipe._interrupt = step >= last  # the host's own way to end early
         return tensors
 

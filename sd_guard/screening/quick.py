@@ -31,7 +31,7 @@ from sd_guard.detection import PrematureDetail, Verdict, decide, verdict_of
 from sd_guard.fingerprint import Fingerprint, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord, StatisticValue
 from sd_guard.lanes import Conditioning, evaluate_lanes
-from sd_guard.noise import first_clear_step, interpret, read_level
+from sd_guard.noise import early_steps, interpret, read_level
 from sd_guard.observation import (
     STATISTICS,
     Observation,
@@ -146,10 +146,10 @@ class QuickScreener:
         guard = replace(guard, look_again_at=())
         scheduler, device = copy_scheduler(pipe.scheduler), pipe._execution_device
         scheduler.set_timesteps(model.steps, device=device)
-        timesteps, clear = scheduler.timesteps, first_clear_step(scheduler, scheduler.timesteps.tolist())
+        timesteps, early = scheduler.timesteps, early_steps(scheduler, scheduler.timesteps.tolist())
         first, *observed = (
             Place(step, timesteps[step], read_level(scheduler, timesteps[step]))
-            for step in (0, *guard.steps(len(timesteps), clear))
+            for step in (0, *guard.steps(len(timesteps), early))
         )
         begin, seen = (
             Place(-1, torch.tensor(timestep, device=device, dtype=timesteps.dtype), level)

@@ -27,8 +27,10 @@ from sd_guard.transfers import send
 SEEN_SIGMA: Final = 5.0
 OTHER_SEED_LANES: Final = 2
 # What ordinary pictures agree by at most, nearly all: more from a noise level on where the prediction is little but the
-# mean of what the prompt can mean, which is no seed's own. Chosen on `tune` rows of the same six.
+# mean of what the prompt can mean, which is no seed's own. Chosen on `tune` rows of the same six. Where linear betas
+# begin, at 157, it is that mean, and more noise makes it no more so; zero terminal SNR begins without a signal.
 _ORDINARY, _ORDINARY_A_FOLD, _ORDINARY_UP_TO = 0.5, 0.1, 10.0
+_HIGHEST_SIGMA: Final = 150.0
 
 
 class OtherPlaces(NamedTuple):
@@ -46,7 +48,7 @@ def other_places(alphas_cumprod: Tensor) -> OtherPlaces:
 def other_noise(seeds: Sequence[int], like: Tensor, number: int = 0) -> Tensor:
     """(N, C, H, W) Gaussian, of shape, dtype and device of `like`; depends on each seed and `number` only."""
     keys = [(seed + 0xD1B54A32D192ED03 * (number + 1)) % 2**63 for seed in seeds]  # far from the seed's other uses
-    noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(key)) for key in keys]
+    noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(key), device="cpu") for key in keys]
     return send(torch.stack(noise).to(like.dtype), like.device)
 
 
@@ -107,7 +109,7 @@ def excess_agreement(x0_hat: Tensor, x0_hat_control: Tensor, other: Tensor, leve
     Returns:
         (B,) float32 or better in [-2, 1]; positive for memorized pictures.
     """
-    folds = math.log(max(level.sigma / _ORDINARY_UP_TO, 1.0))
+    folds = math.log(max(min(level.sigma, _HIGHEST_SIGMA) / _ORDINARY_UP_TO, 1.0))
     return seed_agreement(x0_hat, x0_hat_control, other) - (_ORDINARY + _ORDINARY_A_FOLD * folds)
 
 

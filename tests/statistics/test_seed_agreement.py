@@ -107,11 +107,13 @@ def test_rows_do_not_see_each_other(row):
 def test_more_is_ordinary_of_what_is_seen_through_more_noise():
     x0_hat, other, nothing = noise(3, 0, SHAPE), noise(3, 1, SHAPE), torch.zeros(3, *SHAPE)
     agreed = seed_agreement(x0_hat, nothing, other)
-    low, high, highest = (
-        agreed - excess_agreement(x0_hat, nothing, other, NoiseLevel.from_sigma(sigma)) for sigma in (2.0, 20.0, 200.0)
-    )
+    levels = [*map(NoiseLevel.from_sigma, (2.0, 12.0, 120.0, 1500.0)), NoiseLevel.from_alpha_bar(0.0)]
+    low, high, higher, highest, nothing_left = (agreed - excess_agreement(x0_hat, nothing, other, at) for at in levels)
     assert (low < high).all()
-    torch.testing.assert_close(highest - high, torch.full((3,), 0.1 * math.log(10), dtype=torch.float64))
+    torch.testing.assert_close(higher - high, torch.full((3,), 0.1 * math.log(10), dtype=torch.float64))
+    assert (highest > higher).all()
+    assert torch.equal(highest, nothing_left)  # zero terminal SNR: sampling begins without a signal
+    assert (nothing_left < 0.8).all()  # what has one picture for all noise stays above it
 
 
 def test_broken_predictions_stay_alone_and_unscored():
