@@ -115,6 +115,18 @@ def test_a_model_that_cannot_be_guarded_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_a_calibration_that_does_not_fit_is_told_before_anything_is_screened(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one prompt, too; the folder stays free."""
+    (folder / "one.txt").write_text("a ball\n")
+    calibration = str(checkpoint_path() / "calibration.json")
+    for command in (["screen", "one.txt", "--out", "new"], ["generate", "a", "--out", "x.png"]):
+        assert main([*command, "--calibration", calibration, "--steps", "7"]) == 1
+        assert "the calibration was made for another configuration" in (error := the_error(capsys)), error
+        assert not (folder / "x.png").exists() and not (folder / "new" / "run.json").exists()
+
+
 def test_an_image_that_cannot_be_scored_is_kept_and_is_no_pass(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,9 +1,12 @@
 """`sd-guard compare` and `sd-guard report`: a short table, a page, and one line of what is wrong."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report.runs import flagged_row, make_run, row
+from tiny import the_error
 
 from sd_guard.cli import main
 
@@ -25,6 +28,17 @@ def test_compare_prints_a_table_and_writes_a_page(runs: Path, capsys: pytest.Cap
     assert "1 newly flagged, 0 no longer flagged" in (runs / "b" / "compare.html").read_text(encoding="utf-8")
     assert main(["compare", "a", "b", "--out", "x.html"]) == 0
     assert (runs / "x.html").exists()
+
+
+@pytest.mark.parametrize("change", [{"threshold": "abc"}, {"versions": []}, {"prompts": 3}, {"configuration": None}])
+@pytest.mark.parametrize("command", [["report", "b"], ["compare", "a", "b"]])
+def test_a_damaged_manifest_is_one_line(
+    runs: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], command: list[str]
+) -> None:
+    manifest = json.loads((runs / "b" / "run.json").read_text())
+    (runs / "b" / "run.json").write_text(json.dumps(manifest | change))
+    assert main(command) == 1
+    assert "b/run.json: is not the run.json of a run; name another folder" in the_error(capsys)
 
 
 @pytest.mark.parametrize(

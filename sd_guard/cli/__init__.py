@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated, cast
 
 import typer
@@ -11,7 +13,7 @@ from sd_guard.cli.benching import bench
 from sd_guard.cli.explaining import explain
 from sd_guard.cli.generating import generate, screen_prompts
 from sd_guard.cli.measuring import calibrate_model, evaluate_statistics, lid, pull_prompts
-from sd_guard.cli.options import BAD_ARGUMENTS, INTERRUPTED
+from sd_guard.cli.options import BAD_ARGUMENTS, FAILED, INTERRUPTED
 from sd_guard.cli.reporting import compare, report
 
 app = typer.Typer(
@@ -66,4 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted", err=True)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read what is said has ended; what was to be done is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is there a reader at exit
+        return FAILED
     return code or 0

@@ -20,6 +20,7 @@ from sd_guard.cli.options import (
     Precision,
     Steps,
     bundled_model,
+    check_folder_of,
     one_line,
 )
 from sd_guard.screening.settings import ModelSettings, check_seed
@@ -51,6 +52,9 @@ def explain(
 
     Samples up to the guard's last look.
     """
+    from sd_guard.screening.loading import first_line, load_pipeline, silence
+
+    silence()  # before the libraries are imported, which log as they are
     with one_line(BAD_ARGUMENTS):
         _check(prompt, out)
         check_seed(seed)
@@ -59,7 +63,6 @@ def explain(
         )
     with one_line(FAILED):
         from sd_guard.pipelines.explanation import look
-        from sd_guard.screening.loading import first_line, load_pipeline
 
         pipe = load_pipeline(settings)
         try:
@@ -84,8 +87,7 @@ def _check(prompt: str, out: Path) -> None:
         raise ValueError(f"{out}: is no .png; name a PNG file with --out")
     if out.exists():
         raise ValueError(f"{out}: exists already; name another file with --out")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent}: no such folder; make it first")
+    check_folder_of(out)
     missing = [name for name in ("captum", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)} not installed; pip install 'sd-guard[explain]'")

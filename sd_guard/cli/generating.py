@@ -23,11 +23,11 @@ from sd_guard.cli.options import (
     Seeds,
     Steps,
     bundled_model,
+    check_folder_of,
     fail,
     interruptible,
     one_line,
 )
-from sd_guard.cli.reporting import write_page
 from sd_guard.screening.prompts import Format
 from sd_guard.screening.settings import (
     BATCH_SIZES,
@@ -138,22 +138,29 @@ def screen_prompts(
 
 def _conclude(plan: Plan, summary: Summary) -> None:
     """The end of a run: the table, what there is to say, and the report; fails if nothing could be scored."""
+    from sd_guard.report.page import write_report
     from sd_guard.screening.summary import drift_warning, scores_of
 
     calibration = plan.settings.model.calibration
+    page = write_report(plan.store.address, calibration=calibration)  # before the table, which may have no reader
     typer.echo(summary.table())
     if plan.store.exists(SKIPPED_FILE):
         skipped = len(plan.store.read(SKIPPED_FILE).splitlines())
         where = f"{plan.store.address}/{SKIPPED_FILE}"
         typer.echo(f"warning: rows of the list that were left out: {skipped}; see {where}", err=True)
-    if calibration is not None and (warning := drift_warning(scores_of(plan.store), calibration)) is not None:
+    scored = summary.total.screened - summary.total.unscored
+    if (
+        calibration is not None
+        and scored
+        and (warning := drift_warning(scores_of(plan.store), calibration)) is not None
+    ):
         typer.echo(f"warning: {warning}", err=True)
-    write_page(plan.store.address, calibration)
+    typer.echo(f"report: {page}")
     if summary.reasons:
         causes = ", ".join(f"{reason} x {times}" for reason, times in summary.reasons.most_common(3))
         unscored = summary.total.unscored
         typer.echo(f"warning: {unscored} images are unscored ({causes}); see `reason` in the records", err=True)
-    if summary.total.unscored == summary.total.screened:
+    if not scored:
         raise typer.Exit(FAILED)
 
 
@@ -176,6 +183,9 @@ def generate(
 
     If it is blocked, none is written, and the exit code is 1; likewise 1 if it could not be scored, and is kept.
     """
+    from sd_guard.screening.loading import load_pipeline, silence
+
+    silence()  # before the libraries are imported, which log as they are
     with one_line(BAD_ARGUMENTS):
         if not prompt.strip():
             raise ValueError("the prompt is empty; write what the image should show")
@@ -183,8 +193,7 @@ def generate(
             raise ValueError(f"{out}: is no .png; name a PNG file with --out")
         if out.exists():
             raise ValueError(f"{out}: exists already; name another file with --out")
-        if not out.parent.is_dir():
-            raise ValueError(f"{out.parent}: no such folder; make it first")
+        check_folder_of(out)
         check_seed(seed)
         settings = ModelSettings(
             model=model or bundled_model(),
@@ -199,7 +208,6 @@ def generate(
             width=width,
         )
     with one_line(FAILED):
-        from sd_guard.screening.loading import load_pipeline
         from sd_guard.screening.screener import generate_one
 
         row = generate_one(load_pipeline(settings), prompt, settings, seed=seed, out=out)

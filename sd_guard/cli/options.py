@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,11 +39,21 @@ def bundled_model() -> str:
     return str(checkpoint_path())
 
 
+def check_folder_of(out: Path) -> None:
+    """Raises ValueError unless a file can be written there."""
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent}: no such folder; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"{out.parent}: cannot be written to; name a file in another folder with --out")
+
+
 @contextmanager
 def one_line(code: int) -> Generator[None, None, None]:
     """Turns an expected error into one line on stderr and an exit code."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads what is said: see `main`
+        raise
     except (ValueError, OSError) as error:
         fail(code, " ".join(str(error).split()))
 

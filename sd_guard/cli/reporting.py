@@ -18,8 +18,10 @@ def report(
 
     The run may be unfinished. With the run's calibration, its benign scores are shown too.
     """
+    from sd_guard.report.page import write_report
+
     with one_line(FAILED):
-        write_page(run, calibration)
+        typer.echo(f"report: {write_report(run, calibration=calibration)}")
 
 
 def compare(
@@ -40,12 +42,6 @@ def compare(
 
     with one_line(FAILED):
         comparison = compare_runs(run_a, run_b)
+        page = write_comparison(comparison, run_a, run_b, out)  # before the table, which may have no reader
         typer.echo(summary(comparison))
-        typer.echo(f"page: {write_comparison(comparison, run_a, run_b, out)}")
-
-
-def write_page(run: str, calibration: Path | None) -> None:
-    """Writes a run's report, and says where it is."""
-    from sd_guard.report.page import write_report
-
-    typer.echo(f"report: {write_report(run, calibration=calibration)}")
+        typer.echo(f"page: {page}")

@@ -62,6 +62,7 @@ def load_pipeline(settings: ModelSettings) -> GuardedStableDiffusionPipeline:
     silence()
     import torch
 
+    from sd_guard.fingerprint import take_fingerprint
     from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +88,10 @@ def load_pipeline(settings: ModelSettings) -> GuardedStableDiffusionPipeline:
         pipe.enable_guard(**guard)
     except TypeError as error:
         raise ValueError(f"{settings.model}: cannot be guarded ({first_line(error)})") from error
+    if pipe.calibration is not None:  # of this very configuration, or nothing could be scored
+        size = {"height": settings.height, "width": settings.width}
+        call: dict[str, Any] = {"steps": settings.steps, "guidance_scale": settings.guidance_scale, **size}
+        pipe.calibration.check(take_fingerprint(pipe, **call))
     return pipe
 
 

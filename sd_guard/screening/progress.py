@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -140,7 +141,8 @@ class Progress:
             self._bar.update(standing.done - self._bar.n)
         elif last or now - self._line_at >= LINES_EVERY:
             self._line_at = now
-            print(f"screening: {self.standing().line()}", file=self._stream, flush=True)
+            with suppress(OSError):  # a log that nobody reads any more is no reason to end a run
+                print(f"screening: {self.standing().line()}", file=self._stream, flush=True)
         if self._metrics_file is not None and (last or now - self._metrics_at >= METRICS_EVERY):
             self._metrics_at = now
             write_metrics(self._metrics_file, self.standing())

@@ -15,7 +15,7 @@ import os
 import socket
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, cast
@@ -122,29 +122,30 @@ def screen_with_ray(
         KeyboardInterrupt: The run was interrupted; every worker has finished its batch.
         ValueError: As `runner.screen`, or if the cluster cannot be reached or has too little room.
     """
-    shards = find_shards(plan.store)
-    if not is_complete(plan, shards):
-        plan.store.remove(STOP_FILE)
-        problem: ValueError | None = None
-        with (
-            _connected(cluster) as (workers, gpus),
-            room_to_write(plan.store),
-            finish_when_interrupted() as interrupted,
-            plan.progress(shards, Alone(), metrics_file) as progress,
-        ):
-            for row in _hand_out(plan, shards, make, workers, gpus):
-                try:
-                    _count(row, progress)
-                except ValueError as error:
-                    problem = problem or error
-                if (problem or interrupted()) and not plan.store.exists(STOP_FILE):
-                    plan.store.write(STOP_FILE, b"")  # and take what the workers still have to say
+    with plan:
+        shards = find_shards(plan.store)
+        if not is_complete(plan, shards):
             plan.store.remove(STOP_FILE)
-            if problem is not None:
-                raise problem
-            if interrupted():
-                raise KeyboardInterrupt
-    return finish_run(plan)
+            problem: ValueError | None = None
+            with (
+                _connected(cluster) as (workers, gpus),
+                room_to_write(plan.store),
+                finish_when_interrupted() as interrupted,
+                plan.progress(shards, Alone(), metrics_file) as progress,
+            ):
+                for row in _hand_out(plan, shards, make, workers, gpus):
+                    try:
+                        _count(row, progress)
+                    except ValueError as error:
+                        problem = problem or error
+                    if (problem or interrupted()) and not plan.store.exists(STOP_FILE):
+                        plan.store.write(STOP_FILE, b"")  # and take what the workers still have to say
+                plan.store.remove(STOP_FILE)
+                if problem is not None:
+                    raise problem
+                if interrupted():
+                    raise KeyboardInterrupt
+        return finish_run(plan)
 
 
 def _hand_out(
@@ -158,7 +159,7 @@ def _hand_out(
     blocks = [_places(batches[start : start + size]) for start in range(0, len(batches), size)]
     answers = ray.data.from_arrow(blocks).map_batches(
         Worker,
-        fn_constructor_args=(plan, make, not shards),
+        fn_constructor_args=(replace(plan, lock=None), make, not shards),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from sd_guard.screening.jobs import DUPLICATES_FILE, JOBS_FILE, Job, JobList, distinct, expand, write_jobs
 from sd_guard.screening.loading import first_line
@@ -46,7 +46,7 @@ from sd_guard.screening.settings import (
     finish_manifest,
     write_manifest,
 )
-from sd_guard.screening.storage import Store
+from sd_guard.screening.storage import Lock, Store
 from sd_guard.screening.summary import Summary, summarize
 
 MakeScreener: TypeAlias = Callable[[RunSettings], Screener]
@@ -54,12 +54,23 @@ MakeScreener: TypeAlias = Callable[[RunSettings], Screener]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A checked run: its folder, how many images it has, and what makes it this one and no other."""
+    """A checked run: its folder, how many images it has, and what makes it this one and no other.
+
+    A context manager that gives the folder up at its end.
+    """
 
     settings: RunSettings
     store: Store
     total: int
     configuration: dict[str, Any]
+    lock: Lock | None = None
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
     def progress(self, shards: Sequence[Shard], processes: Processes, metrics_file: Path | None) -> Progress:
         """Counts on from the shards that are there."""
@@ -76,10 +87,18 @@ def plan_run(settings: RunSettings, *, resume: bool = False) -> Plan:
         ValueError: If the prompts cannot be read, or the folder is in use, or `resume` finds another configuration.
     """
     store, configuration = Store.at(settings.out), settings.configuration()
-    check_run(store, configuration, resume=resume)
-    if not store.exists(RUN_FILE):
-        _write_job_list(store, settings)
-    return Plan(settings, store, _count_jobs(store), configuration)
+    check_run(store, configuration, resume=resume)  # before anything is made in it
+    with ExitStack() as stack:
+        files = {} if store.exists(RUN_FILE) else _list_jobs(settings, stack)
+        lock = store.lock()
+        check_run(store, configuration, resume=resume)  # now that nobody else changes it
+        for name, content in files.items():
+            store.remove(name)  # of a run that ended before it began
+            if content.tell():
+                content.seek(0)
+                with store.create(name) as sink:
+                    shutil.copyfileobj(content, sink)
+    return Plan(settings, store, _count_jobs(store), configuration, lock)
 
 
 def join_run(settings: RunSettings) -> Plan:
@@ -113,30 +132,31 @@ def screen(
             there is no room to write.
     """
     processes = processes or Alone()
-    shards = find_shards(plan.store)
-    if not is_complete(plan, shards):
-        screener = make(plan.settings)
-        if processes.rank == 0:
-            start_run(plan, screener.threshold)
-        processes.add("ready", 1)
-        wait_until(processes, "ready", processes.size)  # all have listed the same shards, and run.json is there
-        batches = share_out(missing_batches(plan.total, shards, plan.settings.batch_size), processes)
-        with (
-            plan.store.open(JOBS_FILE) as file,
-            room_to_write(plan.store),
-            finish_when_interrupted() as interrupted,
-            plan.progress(shards, processes, metrics_file) as progress,
-        ):
-            wanted = takewhile(lambda batch: not interrupted(), batches)
-            jobs, alone = JobList(file), processes.size == 1
-            for shard, reason in screen_batches(plan.store, jobs, screener, wanted, new=not shards, in_turn=alone):
-                progress.add(shard, reason)
-            if interrupted():
-                raise KeyboardInterrupt
-            processes.add("finished", 1)
+    with plan:
+        shards = find_shards(plan.store)
+        if not is_complete(plan, shards):
+            screener = make(plan.settings)
             if processes.rank == 0:
-                wait_until(processes, "finished", processes.size)
-    return finish_run(plan) if processes.rank == 0 else None
+                start_run(plan, screener.threshold)
+            processes.add("ready", 1)
+            wait_until(processes, "ready", processes.size)  # all have listed the same shards, and run.json is there
+            batches = share_out(missing_batches(plan.total, shards, plan.settings.batch_size), processes)
+            with (
+                plan.store.open(JOBS_FILE) as file,
+                room_to_write(plan.store),
+                finish_when_interrupted() as interrupted,
+                plan.progress(shards, processes, metrics_file) as progress,
+            ):
+                wanted = takewhile(lambda batch: not interrupted(), batches)
+                jobs, alone = JobList(file), processes.size == 1
+                for shard, reason in screen_batches(plan.store, jobs, screener, wanted, new=not shards, in_turn=alone):
+                    progress.add(shard, reason)
+                if interrupted():
+                    raise KeyboardInterrupt
+                processes.add("finished", 1)
+                if processes.rank == 0:
+                    wait_until(processes, "finished", processes.size)
+        return finish_run(plan) if processes.rank == 0 else None
 
 
 def is_complete(plan: Plan, shards: Sequence[Shard]) -> bool:
@@ -283,26 +303,19 @@ def finish_when_interrupted() -> Generator[Callable[[], bool], None, None]:
             signal.signal(number, handler)
 
 
-def _write_job_list(store: Store, settings: RunSettings) -> None:
-    """Reads the whole list first, into temporary files, so that a bad row leaves no trace."""
-    files = find_files(settings.prompts, settings.format)
+def _list_jobs(settings: RunSettings, stack: ExitStack) -> dict[str, IO[bytes]]:
+    """Reads the whole list into temporary files, named as in the run's folder: a bad row leaves no trace there."""
     options = {"seeds": settings.seeds, "seed": settings.seed}
-    with ExitStack() as stack:
-        jobs, duplicates, skipped = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+    jobs, duplicates, skipped = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))  # noqa: SIM115 - the stack closes them
 
-        def skip(row: BadRowError) -> None:
-            skipped.write(f"{row}\n".encode())
+    def skip(row: BadRowError) -> None:
+        skipped.write(f"{row}\n".encode())
 
-        rows = stream_prompts(files, skip=skip if settings.skip_bad else None)
-        if settings.fold_duplicates:
-            rows = distinct(rows, duplicates, **options)
-        write_jobs(expand(rows, **options), jobs)
-        for name, content in ((SKIPPED_FILE, skipped), (DUPLICATES_FILE, duplicates), (JOBS_FILE, jobs)):
-            store.remove(name)  # of a run that ended before it began
-            if content.tell():
-                content.seek(0)
-                with store.create(name) as sink:
-                    shutil.copyfileobj(content, sink)
+    rows = stream_prompts(find_files(settings.prompts, settings.format), skip=skip if settings.skip_bad else None)
+    if settings.fold_duplicates:
+        rows = distinct(rows, duplicates, **options)
+    write_jobs(expand(rows, **options), jobs)
+    return {SKIPPED_FILE: skipped, DUPLICATES_FILE: duplicates, JOBS_FILE: jobs}
 
 
 def _count_jobs(store: Store) -> int:

@@ -24,6 +24,12 @@ Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 Engine: TypeAlias = Literal["local", "ray"]
 Depth: TypeAlias = Literal["quick", "full", "auto"]
 BATCH_SIZES: Final[dict[Depth, int]] = {"quick": 256, "full": 16, "auto": 64}  # unless another is asked for
+_FIELDS: Final = {  # of `run.json`, that a report reads
+    "configuration": dict,
+    "prompts": str,
+    "versions": dict,
+    "threshold": int | float | None,
+}
 _PACKAGES: Final = ("sd-guard", "torch", "diffusers", "transformers", "pyarrow")
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WEIGHTS: Final = frozenset({".safetensors", ".bin", ".ckpt", ".pt"})
@@ -280,6 +286,8 @@ def write_manifest(
     """
     store = Store.at(settings.out)
     if store.exists(RUN_FILE):
+        if read_manifest(store)["configuration"] != configuration:  # at an address that knows no locks
+            raise ValueError(f"{store.address}: another run is at work there; name another folder with --out")
         return
     standard_input = str(settings.prompts) == STANDARD_INPUT
     manifest = {
@@ -320,7 +328,7 @@ def read_manifest(run: Path | str | Store) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     fields = cast("dict[str, Any]", manifest) if isinstance(manifest, dict) else {}
-    if not isinstance(fields.get("configuration"), dict) or "finished" not in fields:
+    if "finished" not in fields or not all(isinstance(fields.get(name), kind) for name, kind in _FIELDS.items()):
         raise ValueError(f"{path}: is not the {RUN_FILE} of a run; name another folder")
     return fields
 

@@ -6,6 +6,7 @@ address must show it whole or not at all, as object stores do.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, cast
 from uuid import uuid4
+from weakref import WeakValueDictionary, finalize
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 _HALF_WRITTEN: Final = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_LOCK_FILE: Final = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Store:
         except FileNotFoundError:
             return []
         names = (each.rstrip("/").rpartition("/")[2] for each in found)
-        return sorted(name for name in names if not _HALF_WRITTEN.fullmatch(name))
+        return sorted(name for name in names if name != _LOCK_FILE and not _HALF_WRITTEN.fullmatch(name))
 
     def exists(self, name: str) -> bool:
         """True if there is such a file."""
@@ -124,8 +127,69 @@ class Store:
                 if _HALF_WRITTEN.fullmatch(entry.name):
                     os.unlink(entry.path)
 
+    def lock(self) -> Lock | None:
+        """Keeps other processes out of the folder, which is made, until the lock is closed.
+
+        None where the folder is on no file system of this machine, or on one that knows no locks.
+
+        Raises:
+            ValueError: If the folder cannot be made, or another process has it.
+        """
+        if self.local is None:
+            return None
+        try:
+            self.local.mkdir(parents=True, exist_ok=True)
+            return Lock.of(self.local.resolve() / _LOCK_FILE)
+        except OSError as error:
+            if error.errno in _TAKEN:
+                raise ValueError(
+                    f"{self.address}: another run is at work there; wait for its end, or name another folder with --out"
+                ) from None
+            if error.errno in _NO_LOCKS:
+                return None
+            reason = error.strerror or type(error).__name__
+            raise ValueError(f"{self.address}: cannot be written ({reason}); name another folder with --out") from None
+
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+
+_TAKEN: Final = (errno.EAGAIN, errno.EACCES)
+_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+_locks: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
+
+
+class Lock:
+    """A file that one process at a time has, until it is closed or the process ends, in whatever way."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes and takes it; OSError where another process has it."""
+        import fcntl
+
+        while True:
+            file = path.open("ab")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+                raise
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()  # whoever had it has removed it meanwhile
+        self.close = finalize(self, _release, path, file)
+
+    @classmethod
+    def of(cls, path: Path) -> Lock:
+        """This process's own."""
+        held = _locks.get(path)
+        if held is None or not held.close.alive:
+            held = _locks[path] = cls(path)
+        return held
+
+
+def _release(path: Path, file: IO[bytes]) -> None:
+    path.unlink(missing_ok=True)
+    file.close()
 
 
 @contextmanager

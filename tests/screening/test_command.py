@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,43 @@ def test_a_run_ends_with_a_table_a_report_and_no_warning(folder: Path, capsys: p
     assert out.splitlines()[-2].split() == ["total", "4", "0", "0", "0", "0", "1.0"]
     assert out.splitlines()[-1] == "report: run/report.html"
     assert err.splitlines() == [line for line in err.splitlines() if line.startswith("screening: 4 of 4 images")]
+
+
+def test_whoever_reads_the_table_may_end_first(folder: Path) -> None:
+    """As `sd-guard screen ... | head -1` does: the run is whole, and its page there."""
+    script = (
+        "import sys; from sd_guard.screening import loading; from benchmarks.null_runs import NullScreener; "
+        "loading.load_screener = lambda asked: NullScreener(); "
+        "from sd_guard.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    search = os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1])))
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command()],
+        env=os.environ | {"PYTHONPATH": search},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert done.returncode == 1
+    assert not any(word in done.stderr for word in ("error", "Traceback", "Exception"))
+    assert {"records.parquet", "report.html"} <= set(Store.at("run").names())
+
+
+def test_a_second_run_in_the_same_folder_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the first moment on, before there is more than a list of jobs."""
+    begin = "from sd_guard.screening.storage import Store; lock = Store.at('run').lock(); print(flush=True); input()"
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    search = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", begin], env=os.environ | search, **options) as other:
+        assert other.stdout.readline() == "\n"
+        assert main(command()) == 2
+        assert "error: run: another run is at work there; wait for its end" in capsys.readouterr().err
+        assert Store.at("run").names() == []
+        other.communicate("\n")
+    assert main(command()) == 0
 
 
 def test_an_address_is_written_to_resumed_and_never_half_there(

@@ -37,6 +37,17 @@ def test_plain_lines_come_at_their_interval_and_at_the_end(clock: list[float]) -
     ]
 
 
+def test_a_log_that_nobody_reads_ends_no_run(clock: list[float]) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with Progress(10, [], processes=Alone(), stream=Closed()) as progress:
+        clock[0] += module.LINES_EVERY
+        progress.add(Shard(range(10), 0, 0), None)
+    assert progress.standing().done == 10
+
+
 def test_a_terminal_gets_a_bar() -> None:
     stream = Terminal()
     with Progress(20, [Shard(range(5), 1, 0)], processes=Alone(), stream=stream) as progress:

@@ -17,6 +17,7 @@ from sd_guard.cli import main
 from sd_guard.screening.records import find_shards, read_run
 from sd_guard.screening.runner import plan_run, screen
 from sd_guard.screening.settings import ClusterSettings, RunSettings
+from sd_guard.screening.storage import Store
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'sd-guard[ray]'")
 
@@ -86,7 +87,7 @@ def test_what_goes_wrong_in_a_worker_is_one_line_and_leaves_the_folder_free(sett
 
     with pytest.raises(ValueError, match=r"^model: cannot be loaded \(it is broken\)$"):
         screen_with_ray(plan_run(settings), TWO, broken)
-    assert sorted(path.name for path in Path(settings.out).iterdir()) == ["jobs.parquet"]
+    assert Store.at(settings.out).names() == ["jobs.parquet"]
     assert plan_run(settings).total == 60
 
 

@@ -1,5 +1,7 @@
 """The run folder, here and at an address: every file is whole or not there."""
 
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -66,6 +68,35 @@ def test_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path: 
         store.write("a", b"second")
     assert store.read("a") == b"first"
     assert store.names() == ["a"]
+
+
+def test_one_process_at_a_time_has_the_lock(tmp_path: Path) -> None:
+    """Until it is closed, or the process ends; the file is no part of the folder, and gone at the end."""
+    store = Store.at(tmp_path / "run")
+    taking = f"from sd_guard.screening.storage import Store; Store.at({str(tmp_path / 'run')!r}).lock()"
+
+    def take(more: str = "") -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, "-c", f"{taking}{more}"], capture_output=True, text=True)
+
+    lock = store.lock()
+    assert lock is not None and store.lock() is lock
+    assert store.names() == []
+    assert "ValueError: " in take().stderr
+    assert f"{store.address}: another run is at work there; wait for its end, or name another" in take().stderr
+    lock.close()
+    assert list((tmp_path / "run").iterdir()) == []
+    assert take().returncode == 0
+    killed = take("; import os; os.kill(os.getpid(), 9)")
+    assert killed.returncode == -9
+    again = store.lock()
+    assert again is not None and again is not lock
+    assert Store.at("memory://run").lock() is None
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"file/run: cannot be written \(Not a directory\); name another folder"):
+        Store.at(tmp_path / "file" / "run").lock()
 
 
 def test_what_a_killed_process_left_half_written_is_not_listed_and_swept(tmp_path: Path) -> None:
