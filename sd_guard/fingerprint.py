@@ -100,7 +100,7 @@ def take_fingerprint(
 def _other_size(pipe: Any, height: int | None, width: int | None) -> str:
     """In latent pixels; empty for the model's own, however it was asked for."""
     size, factor = pipe.unet.config.sample_size, pipe.vae_scale_factor
-    own = (size, size) if isinstance(size, int) else tuple(size)
+    own = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     asked = (own[0] if height is None else height // factor, own[1] if width is None else width // factor)
     return "" if asked == own else f" at {asked[0]} x {asked[1]}"
 
@@ -122,14 +122,15 @@ def _read_weights(module: Any) -> _Weights:
     more than a sampling step should. Torch does not say of what is written through `.data`: see `forget_weights`.
     """
     held, adapters = _parameters_of(module), _adapters_of(module)
-    if any(weight.is_meta for weight in held):
-        return _Weights("unread", _dtype_of(module), adapters)  # sequential offload keeps no weights at hand
+    if not isinstance(module, torch.nn.Module) or any(weight.is_meta for weight in held):
+        return _Weights("unread", _dtype_of(module), adapters)  # an engine, or sequential offload: no weights at hand
     state = [w.data_ptr() for w in held], [0 if w.is_inference() else w._version for w in held], adapters
     known = _read.get(module)
     if known is None or known[0] != state:
         weights = list(module.parameters())
         entries = [w.detach().flatten()[:: max(1, w.numel() // _SAMPLED_ENTRIES)].to(torch.float16) for w in weights]
-        sample = torch.cat(entries).cpu() if entries else torch.empty(0, dtype=torch.float16)
+        bits = [each.view(torch.int16) for each in entries]  # autocast may not concatenate float16
+        sample = torch.cat(bits).cpu() if bits else torch.empty(0, dtype=torch.int16)
         digest = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
         _read[module] = known = (state, _Weights(digest, _dtype_of(module), adapters))
     return known[1]
@@ -158,18 +159,24 @@ def _adapters_of(module: Any) -> list[str]:
 
 
 def _dtype_of(module: Any) -> str:
-    return str(module.dtype).removeprefix("torch.")
+    return str(getattr(module, "dtype", "unread")).removeprefix("torch.")
 
 
-def _parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """As `module.parameters()`, in another order: without names, which take as long as all else that a call checks."""
-    held: list[torch.nn.Parameter | None] = []
-    modules: list[torch.nn.Module | None] = [module]
-    for one in modules:  # which grows
-        if one is not None:
-            held += one._parameters.values()
-            modules += one._modules.values()
-    return [weight for weight in held if weight is not None]
+def modules_of(module: Any) -> list[torch.nn.Module]:
+    """As `module.modules()`, in another order: without names, which take as long as all else that a call checks.
+
+    Args:
+        module: any; of what is no module, none.
+    """
+    found: list[torch.nn.Module] = [module] if isinstance(module, torch.nn.Module) else []
+    for one in found:  # which grows
+        found += [part for part in one._modules.values() if part is not None]
+    return found
+
+
+def _parameters_of(module: Any) -> list[torch.nn.Parameter]:
+    """As `module.parameters()`, in the order of `modules_of`."""
+    return [weight for one in modules_of(module) for weight in one._parameters.values() if weight is not None]
 
 
 def _digest(value: Any) -> str:

@@ -78,7 +78,9 @@ def draw_probes(
             return draw_row_probes(source.seeds, shape[1:], source.step, device, probe)
         keys = [int(_stream(seed, source.step, probe).random_raw()) for seed in source.seeds]
         generators = [torch.Generator().manual_seed(key >> 1) for key in keys]
-        return send(torch.stack([torch.randn(*shape[1:], generator=g) for g in generators]), torch.device(device))
+        return send(
+            torch.stack([torch.randn(*shape[1:], generator=g, device="cpu") for g in generators]), torch.device(device)
+        )
     if distribution == "gaussian":
         return send(torch.randn(*shape, generator=source, device=source.device), torch.device(device))
     bits = torch.randint(0, 2, tuple(shape), generator=source, device=source.device, dtype=torch.int8)
@@ -153,6 +155,15 @@ def _allows_tf32() -> bool:
         return True
 
 
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The dtype whose precision a model has that is called with `x` now; TF32 has float16's."""
+    if x.dtype != torch.float32:
+        return x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return torch.float16 if x.is_cuda and _allows_tf32() else x.dtype
+
+
 @dataclass(frozen=True, slots=True)
 class FiniteDifference:
     """Difference quotient: works with every attention kernel and dtype, and has the shape of an ordinary call.
@@ -176,9 +187,8 @@ class FiniteDifference:
         return self.scheme == "forward"
 
     def step_for(self, x: Tensor) -> float:
-        """Relative step used for an input like `x`; what is computed in TF32 has float16's precision."""
-        dtype = torch.float16 if x.dtype == torch.float32 and x.is_cuda and _allows_tf32() else x.dtype
-        return self.step if self.step is not None else _STEPS[self.scheme, dtype]
+        """Relative step used for an input like `x`, by the precision that f computes with."""
+        return self.step if self.step is not None else _STEPS[self.scheme, _computed_in(x)]
 
     def __call__(self, f: RowFunction, x: Tensor, v: Tensor, fx: Tensor | None = None) -> Tensor:
         """``J v``, with differences taken in float32 or better."""

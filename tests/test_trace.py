@@ -397,10 +397,18 @@ def test_neighbouring_seeds_have_different_probes(seed: int) -> None:
     assert not torch.equal(first, second)
 
 
+def test_autocast_takes_the_step_of_what_it_computes_in() -> None:
+    x = torch.empty(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert FiniteDifference().step_for(x) == FiniteDifference().step_for(x.bfloat16())
+        assert FiniteDifference().step_for(x.double()) < FiniteDifference().step_for(x)
+    assert FiniteDifference().step_for(x) < FiniteDifference().step_for(x.bfloat16())
+
+
 @pytest.mark.parametrize(("allowed", "expected"), [(True, torch.float16), (False, torch.float32)])
 def test_what_is_computed_in_tf32_takes_longer_steps(allowed: bool, expected: torch.dtype) -> None:
     """On CUDA, float32 convolutions have 10 bits of mantissa unless that is turned off."""
-    x: Any = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    x: Any = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda"))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
         assert FiniteDifference().step_for(x) == FiniteDifference().step_for(torch.empty(1, dtype=expected))
         assert FiniteDifference(step=0.25).step_for(x) == 0.25

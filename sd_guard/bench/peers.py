@@ -108,8 +108,8 @@ def flipd(pipe: Any, probes: int) -> float:
     text, model = pipe.encode_prompt(prompts(1), device, 1, False)[0], denoiser_of(pipe, [0])
     level, predict = predict_at(model, _TIMESTEP, Conditioning(text))
     _, predict_all = predict_at(model, _TIMESTEP, Conditioning(text.expand(probes, -1, -1)))
-    x = level.a * torch.randn(shape, generator=generator).to(device)
-    v = torch.randn(probes, *shape[1:], generator=generator).to(device)
+    x = level.a * torch.randn(shape, generator=generator, device="cpu").to(device)
+    v = torch.randn(probes, *shape[1:], generator=generator, device="cpu").to(device)
     trace = (v * ForwardMode()(predict_all, x.expand_as(v).contiguous(), v)).flatten(1).sum(1).mean()
     return float(lid.flipd(x.numel(), level.s, trace, predict(x)))
 

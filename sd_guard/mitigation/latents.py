@@ -216,4 +216,4 @@ def _unit(subject: Subject) -> Tensor:
 def _noise(subject: Subject, number: int) -> Tensor:
     """(C, H, W) float32, of the subject's seed and a number; images with seeds in a row share none of it."""
     generator = torch.Generator().manual_seed((subject.seed + 0x9E3779B97F4A7C15 * number) % 2**63)
-    return send(torch.randn(subject.latents.shape, generator=generator), subject.latents.device)
+    return send(torch.randn(subject.latents.shape, generator=generator, device="cpu"), subject.latents.device)

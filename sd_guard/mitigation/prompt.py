@@ -244,7 +244,9 @@ class EmbeddingNoise:
         embeds = subject.prompt_embeds
         for strength in self.strengths:
             generator = torch.Generator().manual_seed(subject.seed)
-            noise = send(torch.randn(embeds.shape, generator=generator, dtype=torch.float32), embeds.device)
+            noise = send(
+                torch.randn(embeds.shape, generator=generator, device="cpu", dtype=torch.float32), embeds.device
+            )
             noisy = embeds.float() + strength * embeds.float().std() * noise
             yield Change("embedding_noise", strength, noisy.to(embeds.dtype))
 
@@ -308,4 +310,4 @@ class RandomTokens:
 
 
 def _draw(count: int, generator: torch.Generator) -> int:
-    return int(torch.randint(count, (1,), generator=generator))
+    return int(torch.randint(count, (1,), generator=generator, device="cpu"))

@@ -107,7 +107,7 @@ def attributions(subject: Subject, words: Sequence[str], statistic: str) -> dict
 def _draw(scores: Mapping[int, float], temperature: float, seed: int) -> list[int]:
     """Words in the order that they are drawn in, without return: by Gumbel noise, which underflows nowhere."""
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(len(scores), generator=generator, dtype=torch.float64).clamp(min=1e-12)
-    keys = torch.tensor(list(scores.values()), dtype=torch.float64) / temperature - (-uniform.log()).log()
+    uniform = torch.rand(len(scores), generator=generator, device="cpu", dtype=torch.float64).clamp(min=1e-12)
+    keys = torch.tensor(list(scores.values()), device="cpu", dtype=torch.float64) / temperature - (-uniform.log()).log()
     words = list(scores)
     return [words[i] for i in keys.argsort(descending=True).tolist()]

@@ -60,6 +60,10 @@ class Ahead:
         """Nothing is on its way."""
         self._coming: dict[Texts, Future[Any]] = {}
 
+    def __reduce__(self) -> tuple[type[Ahead], tuple[()]]:
+        """A copy of a pipeline has nothing on its way."""
+        return Ahead, ()
+
     def begin(self, texts: Texts, encode: Callable[[], Any]) -> None:
         """Has `encode` called, unless these texts are on their way."""
         if texts in self._coming:

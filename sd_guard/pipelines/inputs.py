@@ -81,11 +81,30 @@ def prompts_of(arguments: dict[str, Any]) -> list[str] | None:
 
 
 def size_of(arguments: dict[str, Any], factor: int) -> dict[str, int | None]:
-    """Height and width of the images in pixels, None where they are the model's own; latents that are given decide."""
+    """Height and width of the images in pixels, None where they are the model's own; latents that are given decide.
+
+    As in the host, one of them without the other counts for nothing.
+    """
     latents: Tensor | None = arguments["latents"]
-    if latents is None:
-        return {name: arguments[name] for name in ("height", "width")}
-    return dict(zip(("height", "width"), (factor * side for side in latents.shape[-2:]), strict=True))
+    sides = [arguments["height"], arguments["width"]] if latents is None else [factor * n for n in latents.shape[-2:]]
+    return dict(zip(("height", "width"), sides if all(sides) else (None, None), strict=True))
+
+
+def clip_skip_of(arguments: dict[str, Any]) -> int | None:
+    """Layers of the text encoder that the call skips: none where it gives embeddings."""
+    return arguments["clip_skip"] if arguments["prompt_embeds"] is None else None
+
+
+def as_long(embeds: Tensor, tokens: int) -> Tensor:
+    """(N, tokens, width) embeddings of as many tokens as the prompts': cut, which a causal encoder does not notice.
+
+    Prompts longer than the encoder takes are several of its texts in a row; so is what is compared with them.
+
+    Args:
+        embeds: (N, tokens', width), as the text encoder makes them.
+        tokens: of the prompts that the caller gave embeddings of.
+    """
+    return embeds.repeat(1, -(-tokens // embeds.shape[1]), 1)[:, :tokens]
 
 
 def lora_scale_of(arguments: dict[str, Any]) -> float | None:

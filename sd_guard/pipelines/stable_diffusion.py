@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
+import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -21,13 +22,15 @@ from torch import Tensor
 from sd_guard.calibration import Calibration
 from sd_guard.fingerprint import forget_weights, take_fingerprint
 from sd_guard.guard import Guard, GuardRecord
-from sd_guard.noise import check_scheduler
 from sd_guard.pipelines.ahead import Ahead, take_turns, texts_of
+from sd_guard.pipelines.checks import check_pipeline, check_plan, check_texts
 from sd_guard.pipelines.inputs import (
     GUIDED_TENSORS,
     LOOP_TENSORS,
     RETURNED_TENSORS,
     CallInputs,
+    as_long,
+    clip_skip_of,
     is_empty,
     lora_scale_of,
     prompts_of,
@@ -145,7 +148,17 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> GuardedStableDiffusionPipeline:
-        """A guarded pipeline on the components of another, which keep their dtypes unless `torch_dtype` is given."""
+        """A guarded pipeline on the components of another, which keep their dtypes unless `torch_dtype` is given.
+
+        Where the other is guarded, too, with its settings, on or off.
+        """
+        pipe = cls._on_components_of(pipeline, **kwargs)
+        if isinstance(pipeline, GuardedStableDiffusionPipeline):
+            pipe._guard, pipe._calibration = pipeline._guard, pipeline._calibration
+        return pipe
+
+    @classmethod
+    def _on_components_of(cls, pipeline: Any, **kwargs: Any) -> GuardedStableDiffusionPipeline:
         if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
             # The host would cast the shared components, to float32: build from them instead.
             names = {*inspect.signature(cls.__init__).parameters} - {"self"}
@@ -155,6 +168,12 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
             pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
             return pipe
         return cast(GuardedStableDiffusionPipeline, super().from_pipe(pipeline, **kwargs))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As of the host; guard settings that cannot be written are refused before anything is."""
+        if self._guard is not None:
+            guard_to_json(self._guard)
+        super().save_pretrained(*args, **kwargs)
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Names the host as the folder's class, so that any diffusers loads it; guard settings go to their own file."""
@@ -189,7 +208,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
 
         For whoever knows the next batch while one is sampled. The latest two such texts are kept; the text encoder must
         stay as it is meanwhile. Images are the same, bit for bit. Without effect on a pipeline whose parts are moved to
-        the device by turns.
+        the device by turns, and under autocast, which is a thread's own.
 
         Args:
             prompts: of that call, without a negative prompt, `clip_skip` or a LoRA scale.
@@ -200,10 +219,11 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is one string; give encode_ahead the list of prompts of the later call")
-        if not prompts or take_turns(self.unet, self.text_encoder):
+        device = self._execution_device
+        if not prompts or take_turns(self.unet, self.text_encoder) or torch.is_autocast_enabled(device.type):
             return
         guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-        asked = (list(prompts), self._execution_device, 1, guided)
+        asked = (list(prompts), device, 1, guided)
         if texts := texts_of(self, *asked):
             self._ahead = self._ahead or Ahead()
             self._ahead.begin(texts, lambda: self._encode_now(*asked))
@@ -217,7 +237,7 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         """As of the host; where a guarded call's trajectory begins."""
         latents = super().prepare_latents(*args, **kwargs)
         session = _SESSION.get()
-        if session is not None:
+        if session is not None and session.watch is None:  # a caller's callback may draw latents, too
             session.begin(self, latents)
         return latents
 
@@ -263,10 +283,11 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         assert self._guard is not None
         check_pipeline(self)
         check_plan(self, self._guard)
-        if arguments["clip_skip"] is not None and not hasattr(self.text_encoder, "text_model"):
+        check_texts(self)
+        skip = clip_skip_of(arguments)
+        if skip is not None and not hasattr(self.text_encoder, "text_model"):
             raise ValueError(
-                f"clip_skip={arguments['clip_skip']} does not work with the installed diffusers and transformers: "
-                "leave it out"
+                f"clip_skip={skip} does not work with the installed diffusers and transformers: leave it out"
             )
         custom = next((arguments[name] for name in ("timesteps", "sigmas") if arguments[name] is not None), None)
         steps = len(custom) if custom is not None else arguments["num_inference_steps"]
@@ -274,7 +295,8 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         own: dict[str, Any] = {
             **guidance,
             **size_of(arguments, self.vae_scale_factor),
-            **{name: arguments[name] for name in ("eta", "clip_skip")},
+            "eta": arguments["eta"],
+            "clip_skip": skip,
             "lora_scale": lora_scale_of(arguments),
         }
         fingerprint = cache(lambda: take_fingerprint(self, steps=steps, schedule=custom, **own))
@@ -297,11 +319,12 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         return Session(self._guard, inputs)
 
     def _encoder(self, arguments: dict[str, Any]) -> Callable[[Sequence[str]], Tensor]:
-        scale = lora_scale_of(arguments)
+        scale, skip, given = lora_scale_of(arguments), clip_skip_of(arguments), arguments["prompt_embeds"]
 
         def encode(prompts: Sequence[str]) -> Tensor:
-            device, skip = self._execution_device, arguments["clip_skip"]
-            return self.encode_prompt(list(prompts), device, 1, False, lora_scale=scale, clip_skip=skip)[0]
+            device = self._execution_device
+            embeds = self.encode_prompt(list(prompts), device, 1, False, lora_scale=scale, clip_skip=skip)[0]
+            return embeds if given is None else as_long(embeds, given.shape[1])
 
         return encode
 
@@ -310,7 +333,9 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
         """Puts the session into the host's step callback, before the user's."""
         user = arguments["callback_on_step_end"]
         builtin = isinstance(user, (PipelineCallback, MultiPipelineCallbacks))
-        wanted: list[str] = list(user.tensor_inputs if builtin else arguments["callback_on_step_end_tensor_inputs"])
+        wanted: list[str] = list(
+            user.tensor_inputs if builtin else arguments["callback_on_step_end_tensor_inputs"] or ()
+        )
         allowed = StableDiffusionPipeline._callback_tensor_inputs
         if unknown := [name for name in wanted if name not in allowed]:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {allowed}, but found {unknown}")
@@ -353,38 +378,4 @@ class GuardedStableDiffusionPipeline(StableDiffusionPipeline):
                 "prompt or the seed.",
                 len(blocked),
                 len(records),
-            )
-
-
-def check_pipeline(pipe: Any) -> None:
-    """Refuses a pipeline that the guard cannot see through.
-
-    Raises:
-        ValueError, TypeError: one line that names the component and the remedy.
-    """
-    check_scheduler(pipe.scheduler)
-    if pipe.tokenizer is not None and len(pipe.tokenizer) <= 3:
-        raise ValueError(
-            f"tokenizer has {len(pipe.tokenizer)} tokens: its files are missing from the checkpoint's tokenizer folder"
-        )
-    owner = getattr(pipe.unet.forward, "__module__", None) or ""
-    if owner.split(".")[0] == "DeepCache":
-        raise ValueError("DeepCache changes what a probe sees: call helper.disable(), or disable_guard()")
-
-
-def check_plan(pipe: Any, guard: Guard) -> None:
-    """Refuses a plan that cannot run with the pipeline at hand.
-
-    Raises:
-        ValueError: one line that names the mitigation and the remedy.
-    """
-    last = max(guard.observe_at)
-    for mitigation in guard.plan:
-        if check := getattr(mitigation, "check", None):
-            check(pipe)
-        asked = max(getattr(mitigation, "resumes_at", ()), default=0.0)
-        if asked > last:
-            raise ValueError(
-                f"plan: {type(mitigation).__name__} resumes at {asked:g} of the steps, and that is possible at "
-                f"observed steps only, the last at observe_at={last:g}: observe later, or resume earlier"
             )

@@ -91,5 +91,5 @@ def _initial_latents(pipe: Any, scheduler: Any, generators: list[torch.Generator
     size = pipe.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (pipe.unet.config.in_channels, height, width)
-    noise = torch.cat([torch.randn(1, *shape, generator=g, dtype=embeds.dtype) for g in generators])
+    noise = torch.cat([torch.randn(1, *shape, generator=g, device="cpu", dtype=embeds.dtype) for g in generators])
     return noise.to(embeds.device) * scheduler.init_noise_sigma
