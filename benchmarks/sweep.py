@@ -27,7 +27,7 @@ DEFAULT = {"scheduler": "DDIMScheduler", "steps": 50, "guidance_scale": 7.5, "dt
 CHANGES = (
     {},
     *({"guidance_scale": scale} for scale in (1.0, 2.0, 4.0, 12.0)),
-    *({"steps": steps} for steps in (20, 30)),
+    *({"steps": steps} for steps in (4, 10, 15, 20, 30)),
     *(
         {"scheduler": name}
         for name in (
