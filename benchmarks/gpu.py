@@ -1,11 +1,11 @@
 """What needs a GPU, part by part within a limit of time: `python -m benchmarks.gpu --out FOLDER [--only PARTS]`.
 
 The parts run in the order of what they are worth, each in a process of its own and no longer than `PARTS` says; one
-that is ended keeps the results that it has. `FOLDER/gpu.jsonl` has a line a result, `FOLDER/PART.txt` what a part
-printed; it ends with the figures that are asked for (`benchmarks.gpu_table`). `--smoke` goes through the benchmarks on
-the CPU, with little of each. Needs nothing but what `sd_guard` imports, and for the tests pytest and hypothesis; of the
-tree neither the folders of `benchmarks/reference/` nor `benchmarks/results/`: remove these from a copy that has to be
-small.
+that is ended keeps the groups of cases that it has measured. `FOLDER/gpu.jsonl` has a line a result, `FOLDER/log.txt`
+what the parts printed; it ends with the figures that are asked for (`benchmarks.gpu_table`). `--smoke` goes through the
+benchmarks on the CPU, with little of each. Needs nothing but what `sd_guard` imports, and for the tests pytest and
+hypothesis; of the tree neither the folders of `benchmarks/reference/` nor `benchmarks/results/`: remove these from a
+copy that has to be small.
 """
 
 from __future__ import annotations
@@ -24,25 +24,35 @@ from benchmarks.gpu_table import read_lines, table
 
 ROOT = Path(__file__).parents[1]
 TESTS, MEMORY = "tests", "memory"
-PARTS = {  # s
-    "overhead": 420,
-    "screen": 150,
-    "peers": 120,
-    "waits": 60,
+PARTS = {  # s; what compiles needs one to one and a half minutes for each shape of its UNet
+    "peers": 150,
+    "screen": 240,
+    "compiled": 360,
+    "eager": 260,
+    "error": 120,
+    "waits": 90,
     TESTS: 240,
     MEMORY: 90,
     "trace": 240,
-    "mitigation": 150,
+    "mitigation": 420,
 }
-FULL = ("--arch", "sd15", "--dtype", "bfloat16", "--repeats", "3", "--warmup", "1")
+FULL = ("--arch", "sd15", "--dtype", "bfloat16", "--warmup", "1")
+OVERHEAD = ("--suite", "overhead", *FULL, "--no-flops", "--guard", "none,once", "--repeats", "40", "--seconds", "30")
+SMOKE_KERNELS = {"compiled": "matmul", "eager": "sdpa,absent", "waits": "sdpa"}  # a CPU may have no compiler
 SMOKE = ("--device", "cpu", "--batch", "1", "--steps", "4", "--repeats", "1", "--warmup", "0")
 OPTIONS = {
-    "overhead": ("--suite", "overhead", *FULL, "--compile", "--kernel", "sdpa,absent,compiled"),
-    "screen": ("--suite", "screen", *FULL, "--compile", "--batch", "64"),
-    "peers": ("--suite", "peers", *FULL),
-    "waits": ("--suite", "overhead", *FULL, "--kernel", "sdpa", "--batch", "4", "--steps", "20", "--repeats", "1"),
+    "peers": ("--suite", "peers", *FULL, "--repeats", "10", "--seconds", "30"),
+    "screen": ("--suite", "screen", *FULL, "--compile", "--batch", "64", "--repeats", "20", "--seconds", "20"),
+    "compiled": (*OVERHEAD, "--compile", "--kernel", "compiled"),
+    "eager": (*OVERHEAD, "--kernel", "sdpa,absent"),
+    # Random weights have no error that says anything: the bundled model's, on the GPU's own arithmetic.
+    "error": ("--suite", "trace", "--arch", "reference", "--dtype", "bfloat16", "--repeats", "1", "--warmup", "1"),
+    "waits": (
+        *("--suite", "overhead", *FULL, "--no-flops", "--kernel", "sdpa"),
+        *("--batch", "4", "--steps", "20", "--repeats", "1"),
+    ),
     "trace": ("--suite", "trace", "--arch", "sd15", "--repeats", "1", "--warmup", "1"),
-    "mitigation": ("--suite", "mitigation", *FULL, "--batch", "1"),
+    "mitigation": ("--suite", "mitigation", *FULL, "--no-flops", "--batch", "1", "--repeats", "3"),
 }
 
 
@@ -56,14 +66,17 @@ def command(part: str, out: Path, traces: str, smoke: bool) -> list[str]:
             "-q",
             "-m",
             "gpu",
-            "tests/gpu",
+            "tests/gpu/test_guard.py",
             "tests/pipelines/test_stable_diffusion.py",
         ]
     if part == MEMORY:
         size = ("--arch", "reference", "--device", "cpu") if smoke else ("--dtype", "bfloat16", "--batches", "1", "4")
         return [sys.executable, "-m", "benchmarks.memory", *size, "--append", str(out / "gpu.jsonl")]
-    suite = OPTIONS[part][:2]
-    options = [*suite, *SMOKE] if smoke else list(OPTIONS[part])
+    options = list(OPTIONS[part])
+    if smoke:
+        options = [*OPTIONS[part][:2], *SMOKE]
+        options += ["--kernel", SMOKE_KERNELS[part]] if part in SMOKE_KERNELS else []
+        options += ["--dtype", "bfloat16"] if part == "error" else []
     if part == "waits":
         options += ["--profile", traces]
     return [sys.executable, "-m", "sd_guard.cli", "bench", *options, "--out", str(out / "gpu.jsonl")]
@@ -72,11 +85,13 @@ def command(part: str, out: Path, traces: str, smoke: bool) -> list[str]:
 def run_part(part: str, out: Path, seconds: float, smoke: bool) -> str:
     """How it ended: `done`, `ended after N s`, or `failed` and where to look."""
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with (out / f"{part}.txt").open("w", encoding="utf-8") as log, tempfile.TemporaryDirectory() as traces:
+    own = {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    with (out / "log.txt").open("a", encoding="utf-8") as log, tempfile.TemporaryDirectory() as traces:
+        print(f"== {part}", file=log, flush=True)
         child = subprocess.Popen(
             command(part, out, traces, smoke),
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
+            env=os.environ | own,
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,
@@ -120,6 +135,10 @@ def main() -> None:
     parts = [part.strip() for part in args.only.split(",")]
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"--only names {unknown[0]!r}; use some of {','.join(PARTS)}")
+    try:
+        import sd_guard.cli  # noqa: F401
+    except ImportError as error:  # a package that is too old, say: told before the first part
+        parser.error(f"sd_guard cannot be imported ({error}): install what its pyproject.toml asks for")
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     until, undone = time.monotonic() + 60 * args.minutes, 0

@@ -16,6 +16,7 @@ Line = dict[str, Any]
 PLAIN, NONE, ONCE = "unguarded", "guarded, none in doubt", "guarded, all probed once"
 QUICK, BARE = "quick depth, none in doubt", "bare UNet, none in doubt"
 MEMORY_BATCH: Final = 4
+DIMENSION: Final = 256  # of the bundled model's latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,38 +26,54 @@ class Figure:
     Attributes:
         name: of its row.
         value: None where a line that it needs is missing or failed.
-        bound: that it has to keep.
+        bound: that it has to keep; None for one that is to be stated.
         at_most: whether that is the most it may be, else the least.
         digits: that are shown.
+        quartiles: of the value over turns, where known.
     """
 
     name: str
     value: float | None
-    bound: float
-    at_most: bool
+    bound: float | None
+    at_most: bool = True
     digits: int = 3
+    quartiles: Sequence[float] | None = None
 
     @property
     def row(self) -> str:
         """Of a Markdown table."""
         if self.value is None:
             return f"| {self.name} | not measured | {self._bound} | |"
-        met = self.value <= self.bound if self.at_most else self.value >= self.bound
-        return f"| {self.name} | {self.value:.{self.digits}f} | {self._bound} | {'yes' if met else 'no'} |"
+        low, high = self.quartiles or (None, None)
+        spread = "" if low is None or high is None else f" ({low:.{self.digits}f} to {high:.{self.digits}f})"
+        return f"| {self.name} | {self.value:.{self.digits}f}{spread} | {self._bound} | {self._met(self.value)} |"
+
+    def _met(self, value: float) -> str:
+        if self.bound is None:
+            return ""
+        return "yes" if (value <= self.bound if self.at_most else value >= self.bound) else "no"
 
     @property
     def _bound(self) -> str:
-        return f"{'at most' if self.at_most else 'at least'} {self.bound:g}"
+        return "to be stated" if self.bound is None else f"{'at most' if self.at_most else 'at least'} {self.bound:g}"
 
 
 def figures(lines: Sequence[Line]) -> list[Figure]:
-    """All of them, from the lines of one machine and one architecture; of lines of the same case the last counts."""
+    """All of them, from the lines of one machine and one architecture; of lines of the same case the last counts.
+
+    Of the suite trace those of the bundled model count alone, in the dtype of the others.
+    """
     timed = [line for line in lines if not line["failed"] and line["host_waits"] is None]  # a trace takes time
-    known = {(line["suite"], line["case"], line["batch"]): line for line in timed}
+    wanted = [line for line in timed if line["suite"] != "trace" or _says_an_error(line)]
+    known = {(line["suite"], line["case"], line["batch"]): line for line in wanted}
     return [*_overhead(known), *_screening(known), *_probe(known), *_memory(known)]
 
 
 Known = dict[tuple[str, str, int], Line]
+
+
+def _says_an_error(line: Line) -> bool:
+    return (line["arch"], line["dtype"]) == ("reference", "bfloat16")
 
 
 def _overhead(known: Known) -> Iterator[Figure]:
@@ -64,10 +81,11 @@ def _overhead(known: Known) -> Iterator[Figure]:
         for batch in (1, 4, 16):
             name = f"{kernel}, batch {batch}"
             plain, none, once = (_of(known, "overhead", f"{kernel}, {case}", batch) for case in (PLAIN, NONE, ONCE))
-            yield Figure(f"{name}: all probed once, over unguarded", _get(once, "ratio"), 1.025, True, 4)
-            yield Figure(f"{name}: none in doubt, over unguarded", _get(none, "ratio"), 1.003, True, 4)
-            absent = [_of(known, "overhead", f"absent, {case}", batch) for case in (PLAIN, NONE)]
-            own = _combine(lambda a, b, whole: (b - a) / whole, *(_get(line, "seconds") for line in (*absent, plain)))
+            for title, line, most in (("all probed once", once, 1.025), ("none in doubt", none, 1.003)):
+                quartiles = None if line is None else line["ratio_quartiles"]
+                yield Figure(f"{name}: {title}, over unguarded", _get(line, "ratio"), most, True, 4, quartiles)
+            more = _get(_of(known, "overhead", f"absent, {NONE}", batch), "seconds_more")
+            own = _combine(lambda more, whole: more / whole, more, _get(plain, "seconds"))
             yield Figure(f"{name}: the guard's own time without a UNet, share", own, 0.003, True, 4)
 
 
@@ -81,6 +99,7 @@ def _screening(known: Known) -> Iterator[Figure]:
     yield Figure("quick depth: of the matrix product's operations", _get(best, "ceiling_share"), 0.5, False)
     a_prompt = None if best is None else best["seconds"] / best["prompts"]
     for name, case, least in (
+        ("SAIL as published, float32", "sail, forward mode, 4 images, float32", 10),
         ("SAIL", "sail, forward mode, 4 images", 10),
         ("Wen et al., first step", "wen, first step, 4 images", 4),
     ):
@@ -94,12 +113,18 @@ def _probe(known: Known) -> Iterator[Figure]:
     theirs, own = (_get(_of(known, "peers", name, 1), "seconds") for name in names)
     ratio = _combine(lambda a, b: a / b, theirs, own)
     yield Figure("FLIPD by 50 probes, over one probe of the trajectory LID: time", ratio, 50, False, 1)
+    line = next((line for (*case, _), line in known.items() if case == ["trace", "finite-difference"]), None)
+    for name, key in (("arithmetic", "error"), ("one random probe's, arithmetic included", "error_1_probes")):
+        error = _combine(lambda share: share * DIMENSION, _get(line, key))
+        yield Figure(f"one probe on the bundled model: error in dimensions of {DIMENSION}, {name}", error, None)
 
 
 def _memory(known: Known) -> Iterator[Figure]:
     plain, once = (_of(known, "overhead", f"sdpa, {case}", MEMORY_BATCH) for case in (PLAIN, ONCE))
-    ratio = _combine(lambda a, b: a / b, _get(once, "peak_mib"), _get(plain, "peak_mib"))
-    yield Figure(f"sdpa, batch {MEMORY_BATCH}: peak memory, all probed once over unguarded", ratio, 1.05, True)
+    for name, key in (("", "peak_mib"), (" without decoding", "latents_peak_mib")):
+        ratio = _combine(lambda a, b: a / b, _get(once, key), _get(plain, key))
+        title = f"sdpa, batch {MEMORY_BATCH}: peak memory{name}, all probed once over unguarded"
+        yield Figure(title, ratio, 1.05)
 
 
 def _of(known: Known, suite: str, case: str, batch: int) -> Line | None:
@@ -107,7 +132,7 @@ def _of(known: Known, suite: str, case: str, batch: int) -> Line | None:
 
 
 def _get(line: Line | None, name: str) -> float | None:
-    return None if line is None else line[name]
+    return None if line is None else line.get(name)
 
 
 def _combine(compute: Callable[..., float], *values: float | None) -> float | None:
@@ -123,7 +148,7 @@ def read_lines(path: Path) -> list[Line]:
 def table(lines: Sequence[Line]) -> str:
     """Markdown, with the machine that it was measured on."""
     where = lines[-1]["provenance"] if lines else {"device": "nothing", "versions": {}, "git": "unknown"}
-    arch = ", ".join(sorted({f"{line['arch']} in {line['dtype']}" for line in lines}))
+    arch = ", ".join(sorted({f"{line['arch']} in {line['dtype']}" for line in lines if line["suite"] != "trace"}))
     head = f"{where['device']}; torch {where['versions'].get('torch')}; {arch}; revision {where['git']}"
     rows = [figure.row for figure in figures(lines)]
     return "\n".join([head, "", "| figure | measured | asked | met |", "|---|---|---|---|", *rows])

@@ -7,16 +7,18 @@ everything returned is float32, or float64 where the input is. No row's result d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import one_hot
+from torch.nn.functional import layer_norm, one_hot
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from sd_guard.noise import at_least_float32
 from sd_guard.transfers import send
@@ -201,6 +203,19 @@ class FiniteDifference:
         return (after - at_least_float32(f(behind.point))) / (ahead.step + behind.step)
 
 
+class _FloatNorms(TorchFunctionMode):
+    """Layer norms of half precision in float32: their tangent takes the dtype of their means, which on CUDA is that."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is not layer_norm or args[0].dtype not in (torch.float16, torch.bfloat16):
+            return func(*args, **given)
+        whole, named = tree_map_only(Tensor, Tensor.float, (args, given))
+        return func(*whole, **named).to(args[0].dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardMode:
     """Forward-mode differentiation: exact ``J v``, with attention by the math kernel for the call only."""
@@ -210,7 +225,7 @@ class ForwardMode:
 
     def __call__(self, f: RowFunction, x: Tensor, v: Tensor, fx: Tensor | None = None) -> Tensor:
         """``J v``; `fx` is not needed. The fused attention kernels have no forward-mode derivative."""
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _FloatNorms():
             tangent: Tensor = torch.func.jvp(f, (x,), (v.to(device=x.device, dtype=x.dtype),))[1]
         return at_least_float32(tangent)
 

@@ -397,6 +397,31 @@ def test_neighbouring_seeds_have_different_probes(seed: int) -> None:
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_forward_mode_in_half_precision_where_layer_norms_keep_float32(dtype: torch.dtype) -> None:
+    """As CUDA's do, and the CPU's do not: the tangent of a layer norm takes the dtype of its mean."""
+
+    def as_on_cuda(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+        mean = x.float().mean(-1, keepdim=True)
+        scale = (x.float().var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
+        out = (x.float() - mean) * scale * weight.float() + bias.float()
+        return out.to(x.dtype), mean, scale
+
+    norm, line = torch.nn.LayerNorm(8).to(dtype), torch.nn.Linear(8, 8).to(dtype)
+    x, v = torch.randn(2, 3, 8).to(dtype), torch.randn(2, 3, 8).to(dtype)
+    f = lambda x: line(norm(x))  # noqa: E731
+    expected = ForwardMode()(f, x, v)
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("native_layer_norm", as_on_cuda, "CPU")
+        with pytest.raises(RuntimeError, match="same dtype"):
+            torch.func.jvp(f, (x,), (v,))
+        torch.testing.assert_close(ForwardMode()(f, x, v), expected, rtol=0.02, atol=0.02)
+    finally:
+        library._destroy()
+
+
 def test_autocast_takes_the_step_of_what_it_computes_in() -> None:
     x = torch.empty(1)
     with torch.autocast("cpu", dtype=torch.bfloat16):

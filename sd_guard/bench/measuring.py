@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,16 +56,21 @@ class Count:
 
     Attributes:
         lanes: rows that the UNet was given; one that is also differentiated counts once.
-        flops: floating-point operations of all networks.
+        flops: floating-point operations of all networks; None where they were not counted.
     """
 
     lanes: int = 0
-    flops: int = 0
+    flops: int | None = None
 
 
 @contextmanager
-def counted(pipe: Any) -> Generator[Count, None, None]:
-    """Counts what is run inside. A compiled UNet is run as it was before: its kernels show no operations."""
+def counted(pipe: Any, *, flops: bool = True) -> Generator[Count, None, None]:
+    """Counts what is run inside. A compiled UNet is run as it was before: its kernels show no operations.
+
+    Args:
+        pipe: whose UNet's lanes are counted.
+        flops: whether operations are, too, which takes time for each of them.
+    """
     found, unet = Count(), pipe.unet
     pipe.unet = getattr(unet, "_orig_mod", unet)
 
@@ -74,9 +79,9 @@ def counted(pipe: Any) -> Generator[Count, None, None]:
 
     hook = pipe.unet.register_forward_pre_hook(add)
     try:
-        with CountFlops() as flops:
+        with CountFlops() if flops else nullcontext() as counter:
             yield found
-        found.flops = flops.total
+        found.flops = counter.total if counter is not None else None
     finally:
         hook.remove()
         pipe.unet = unet
@@ -144,10 +149,10 @@ class Measured:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
-    def take_count(self) -> None:
-        """Examines it, and runs it once, slowly."""
+    def take_count(self, flops: bool) -> None:
+        """Examines it, and runs it once, slowly where operations are counted."""
         examined = self.case.examine() if self.case.examine else {}
-        with counted(self.case.pipe) as count:
+        with counted(self.case.pipe, flops=flops) as count:
             self.figures = {**examined, **(self.case.run() or {})}
         self.count = count
 
@@ -175,25 +180,34 @@ def measure_by_turns(
     *,
     warmup: int,
     repeats: int,
+    seconds: float | None = None,
+    flops: bool = True,
     trace_path: Callable[[str], Path] | None = None,
 ) -> list[Measured]:
     """Counts, warms up and times cases, a run of each in turn, so that a clock that changes changes for all.
+
+    Every other turn goes backwards: none has always the same before it.
 
     Args:
         cases: in order.
         device: of their pipelines.
         warmup: runs of each before the timed ones, besides the one that is counted.
-        repeats: timed runs of each.
+        repeats: timed runs of each, at most.
+        seconds: after which no other turn of timed runs is begun.
+        flops: whether operations are counted.
         trace_path: from a case's name to the file of its profiler trace; None takes none.
     """
     found = [Measured(case) for case in cases]
     for each in found:
-        each.attempt(each.take_count)
+        each.attempt(partial(each.take_count, flops))
     for _ in range(warmup):
         for each in found:
             each.attempt(each.warm_up)
-    for _ in range(repeats):
-        for each in found:
+    started = time.monotonic()
+    for turn in range(repeats):
+        if turn and seconds is not None and time.monotonic() - started > seconds:
+            break
+        for each in found if turn % 2 == 0 else reversed(found):
             each.attempt(partial(each.take_time, device))
     if trace_path is not None:
         for each in found:

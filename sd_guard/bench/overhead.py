@@ -7,7 +7,7 @@ it costs beside its lanes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -15,7 +15,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from sd_guard.bench.base import EVERYBODY, NOBODY, Bench, Case, compile_anew, unmeasurable
-from sd_guard.bench.settings import Kernel
+from sd_guard.bench.measuring import time_run
+from sd_guard.bench.settings import Doubt, Kernel
 from sd_guard.guard import Guard
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 from sd_guard.screening.loading import first_line
@@ -57,10 +58,10 @@ KERNELS: Final[dict[Kernel, Callable[[Any], Any]]] = {
     "absent": _absent,
 }
 # All with nothing flagged: no image in doubt; each with one probe, at one step; each in doubt to the last look.
-GUARDS: Final = {
-    "none in doubt": Guard(detector=NOBODY),
-    "all probed once": Guard(detector=EVERYBODY, probes=1, other_seeds=0),
-    "all in doubt": Guard(detector=EVERYBODY, look_at_all=True),
+GUARDS: Final[dict[Doubt, tuple[str, Guard]]] = {
+    "none": ("none in doubt", Guard(detector=NOBODY)),
+    "once": ("all probed once", Guard(detector=EVERYBODY, probes=1, other_seeds=0)),
+    "all": ("all in doubt", Guard(detector=EVERYBODY, look_at_all=True)),
 }
 
 
@@ -75,12 +76,12 @@ def overhead(bench: Bench) -> Iterator[Sequence[Case]]:
             continue
         plain = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         plain.set_progress_bar_config(disable=True)
-        cases = [Case(name=f"{kernel}, unguarded", pipe=plain, run=partial(_sample, plain, bench))]
-        for name, guard in GUARDS.items():
+        cases = [_case(f"{kernel}, unguarded", plain, bench)]
+        for name, guard in (GUARDS[each] for each in bench.settings.guards or GUARDS):
             pipe = GuardedStableDiffusionPipeline(**parts, requires_safety_checker=False)
             pipe.set_progress_bar_config(disable=True)
             pipe.enable_guard(guard)
-            cases.append(Case(name=f"{kernel}, guarded, {name}", pipe=pipe, run=partial(_sample, pipe, bench)))
+            cases.append(_case(f"{kernel}, guarded, {name}", pipe, bench))
         yield cases
 
 
@@ -94,5 +95,16 @@ def _kernels(bench: Bench) -> list[Kernel]:
     return [kernel for kernel in KERNELS if kernel not in left_out]
 
 
+def _case(name: str, pipe: Any, bench: Bench) -> Case:
+    run, memory = partial(_sample, pipe, bench), partial(_memory, pipe, bench)
+    return Case(name=name, pipe=pipe, run=run, examine=memory if bench.device.type == "cuda" else None)
+
+
 def _sample(pipe: Any, bench: Bench) -> None:
     pipe(**bench.call())
+
+
+def _memory(pipe: Any, bench: Bench) -> Mapping[str, Any]:
+    """What is allocated at most without decoding, which takes more than all else and would hide it."""
+    peak = time_run(lambda: pipe(**bench.call(), output_type="latent"), bench.device).peak
+    return {"latents_peak_mib": (peak or 0) / 2**20}

@@ -20,11 +20,12 @@ _MIB: Final = 2**20
 def result_line(bench: Bench, measured: Measured, baseline: Measured, ceiling: float) -> dict[str, Any]:
     """One result.
 
-    `seconds` is the median of the runs, `seconds_quartiles` its spread, `ratio` the median over rounds of its time over
-    the group's first case's, `lanes` and `flops` those of one run, and `ceiling_share` the operations a second over
-    `ceiling_flops`, those of a matrix product of the same dtype. In float32 that share may exceed 1: a GPU rounds the
-    convolutions to ten bits unless torch is told otherwise, and the matrix product not. `peak_mib` holds the weights,
-    and all else that was there before (`resident_mib`). What was not measured is null.
+    `seconds` is the median of the runs, `seconds_quartiles` its spread, `ratio` the median over turns of its time over
+    the group's first case's, with its quartiles, `seconds_more` the median of the difference, `lanes` and `flops` those
+    of one run, and `ceiling_share` the operations a second over `ceiling_flops`, those of a matrix product of the same
+    dtype. In float32 that share may exceed 1: a GPU rounds the convolutions to ten bits unless torch is told otherwise,
+    and the matrix product not. `peak_mib` holds the weights, and all else that was there before (`resident_mib`). What
+    was not measured is null.
 
     Args:
         bench: what it was measured with.
@@ -34,7 +35,8 @@ def result_line(bench: Bench, measured: Measured, baseline: Measured, ceiling: f
     """
     seconds = [run.seconds for run in measured.runs]
     lower, middle, upper = spread(seconds) if seconds else (None, None, None)
-    ratios = [run.seconds / other.seconds for run, other in zip(measured.runs, baseline.runs, strict=False)]
+    pairs = [(run.seconds, other.seconds) for run, other in zip(measured.runs, baseline.runs, strict=False)]
+    least, ratio, most = spread([own / other for own, other in pairs]) if pairs else (None, None, None)
     count = measured.count
     return {
         "suite": bench.settings.suite,
@@ -48,11 +50,13 @@ def result_line(bench: Bench, measured: Measured, baseline: Measured, ceiling: f
         "seconds": middle,
         "seconds_quartiles": [lower, upper],
         "baseline": baseline.case.name,
-        "ratio": spread(ratios)[1] if ratios else None,
+        "ratio": ratio,
+        "ratio_quartiles": [least, most],
+        "seconds_more": spread([own - other for own, other in pairs])[1] if pairs else None,
         "lanes": count.lanes if count else None,
         "flops": count.flops if count else None,
         "ceiling_flops": ceiling,
-        "ceiling_share": count.flops / middle / ceiling if count and middle else None,
+        "ceiling_share": count.flops / middle / ceiling if count and count.flops is not None and middle else None,
         "resident_mib": _mib([run.resident for run in measured.runs]),
         "peak_mib": _mib([run.peak for run in measured.runs]),
         "host_waits": measured.waits,

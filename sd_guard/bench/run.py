@@ -97,7 +97,15 @@ def _measure(bench: Bench, ceiling: float) -> Iterator[dict[str, Any]]:
     settings = bench.settings
     path = None if settings.profile is None else partial(_trace_path, bench, settings.profile)
     for cases in _groups(bench):
-        found = measure_by_turns(cases, bench.device, warmup=settings.warmup, repeats=settings.repeats, trace_path=path)
+        found = measure_by_turns(
+            cases,
+            bench.device,
+            warmup=settings.warmup,
+            repeats=settings.repeats,
+            seconds=settings.seconds,
+            flops=settings.flops,
+            trace_path=path,
+        )
         for measured in found:
             yield result_line(bench, measured, found[0], ceiling)
 

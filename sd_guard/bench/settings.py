@@ -12,6 +12,7 @@ from sd_guard.screening.settings import Dtype
 
 SuiteName: TypeAlias = Literal["overhead", "trace", "screen", "mitigation", "peers"]
 Kernel: TypeAlias = Literal["matmul", "sdpa", "xformers", "compiled", "absent"]
+Doubt: TypeAlias = Literal["none", "once", "all"]
 Arch: TypeAlias = Literal["reference", "sd15", "sd21"]
 BATCHES: Final[dict[SuiteName, tuple[int, ...]]] = {
     "overhead": (1, 4, 16),
@@ -36,10 +37,15 @@ class BenchSettings:
         batches: Images (in the suite `screen`: prompts) a batch, >= 1, one after the other; None for the suite's own.
         kernels: What the suite `overhead` measures with, no UNet at all (`absent`) among them; None for all that there
             are, `compiled` only with `compile`.
+        guards: What the suite `overhead` measures guarded calls with: no image in doubt, all of them once, or all to
+            the last look; None for each.
         compile: Also with a compiled UNet (`overhead`), or with one only (`screen`, `mitigation`).
         steps: Sampling steps, >= 2.
         repeats: Timed runs of a case, >= 1.
         warmup: Runs before them, >= 0.
+        seconds: That the timed runs of a group of cases may take, above 0; one of each is made anyway. None for as long
+            as `repeats` take.
+        flops: Whether operations are counted, in one slow run of each case.
         device: `cpu`, `cuda` or `cuda:N`; None for CUDA if there is one.
         out: A file to append the results to.
         profile: An existing folder to write a torch.profiler trace of each case to.
@@ -53,10 +59,13 @@ class BenchSettings:
     dtypes: tuple[Dtype, ...] | None = None
     batches: tuple[int, ...] | None = None
     kernels: tuple[Kernel, ...] | None = None
+    guards: tuple[Doubt, ...] | None = None
     compile: bool = False
     steps: int = 50
     repeats: int = 10
     warmup: int = 3
+    seconds: float | None = None
+    flops: bool = True
     device: str | None = None
     out: Path | None = None
     profile: Path | None = None
@@ -70,12 +79,15 @@ class BenchSettings:
         ):
             if value < least:
                 raise ValueError(f"--{option} is {value}; use at least {least}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"--seconds is {self.seconds}; use a number above 0")
         if self.suite == "peers" and self.batches not in (None, (1,)):
             raise ValueError("--batch: the suite peers looks at one prompt at a time; leave it out")
         if self.compile and self.suite in _DIFFERENTIATED:
             raise ValueError(f"--compile: the suite {self.suite} differentiates through the UNet; leave it out")
-        if self.kernels is not None and self.suite != "overhead":
-            raise ValueError(f"--kernel: the suite {self.suite} has its own; leave it out")
+        for option, names in (("kernel", self.kernels), ("guard", self.guards)):
+            if names is not None and self.suite != "overhead":
+                raise ValueError(f"--{option}: the suite {self.suite} has its own; leave it out")
         if "compiled" in (self.kernels or ()) and not self.compile:
             raise ValueError("--kernel compiled: needs --compile")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
@@ -127,6 +139,15 @@ def read_kernels(text: str | None) -> tuple[Kernel, ...] | None:
         ValueError: One is unknown.
     """
     return cast("tuple[Kernel, ...] | None", _read_names("--kernel", text, get_args(Kernel)))
+
+
+def read_guards(text: str | None) -> tuple[Doubt, ...] | None:
+    """Guards of `none,once`; None for None.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    return cast("tuple[Doubt, ...] | None", _read_names("--guard", text, get_args(Doubt)))
 
 
 def _read_names(option: str, text: str | None, known: Sequence[str]) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sd_guard.bench.settings import Arch, BenchSettings, SuiteName, read_batches, read_dtypes, read_kernels
+from sd_guard.bench.settings import Arch, BenchSettings, SuiteName, read_batches, read_dtypes, read_guards, read_kernels
 from sd_guard.cli.options import BAD_ARGUMENTS, FAILED, INTERRUPTED, Steps, fail, one_line
 
 
@@ -23,10 +23,17 @@ def bench(
         str | None,
         typer.Option(help="overhead: of matmul,sdpa,xformers,compiled,absent, with commas.  [default: all]"),
     ] = None,
+    guard: Annotated[
+        str | None, typer.Option(help="overhead: of none,once,all (in doubt), with commas.  [default: all three]")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the UNet; overhead: also.")] = False,
     steps: Steps = 50,
     repeats: Annotated[int, typer.Option(help="Timed runs of each case.")] = 10,
     warmup: Annotated[int, typer.Option(help="Runs of each case before them.")] = 3,
+    seconds: Annotated[
+        float | None, typer.Option(help="For the timed runs of cases that take turns, at most.  [default: no limit]")
+    ] = None,
+    flops: Annotated[bool, typer.Option(help="Count operations, in one slow run of each case.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: cuda if there is one]")] = None,
     out: Annotated[Path | None, typer.Option(help="A file to append the results to.")] = None,
     profile: Annotated[Path | None, typer.Option(help="A folder for a profiler trace of each case.")] = None,
@@ -42,10 +49,13 @@ def bench(
             dtypes=read_dtypes(dtype),
             batches=read_batches(batch),
             kernels=read_kernels(kernel),
+            guards=read_guards(guard),
             compile=compile,
             steps=steps,
             repeats=repeats,
             warmup=warmup,
+            seconds=seconds,
+            flops=flops,
             device=device,
             out=out,
             profile=profile,

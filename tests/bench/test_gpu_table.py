@@ -25,11 +25,14 @@ def lines() -> list[dict[str, Any]]:
     for kernel, seconds in (("sdpa", 2.0), ("compiled", 1.0)):
         for batch in (1, 4, 16):
             for name, ratio in (("unguarded", 1.0), ("guarded, none in doubt", 1.001)):
-                found.append(line("overhead", f"{kernel}, {name}", batch, seconds, ratio=ratio, peak_mib=4000.0))
-            once = {"ratio": 1.03 if (kernel, batch) == ("compiled", 16) else 1.022, "peak_mib": 4100.0}
+                own = {"ratio": ratio, "ratio_quartiles": [ratio, ratio + 0.001]}
+                own |= {"peak_mib": 4000.0, "latents_peak_mib": 3000.0}
+                found.append(line("overhead", f"{kernel}, {name}", batch, seconds, **own))
+            once = {"ratio": 1.03 if (kernel, batch) == ("compiled", 16) else 1.022, "ratio_quartiles": [1.02, 1.04]}
+            once |= {"peak_mib": 4100.0, "latents_peak_mib": 3300.0}
             found.append(line("overhead", f"{kernel}, guarded, all probed once", batch, seconds, **once))
     found += [
-        line("overhead", f"absent, {name}", batch, 0.1 + more)
+        line("overhead", f"absent, {name}", batch, 0.1, seconds_more=more)
         for batch in (1, 4, 16)
         for name, more in (("unguarded", 0.0), ("guarded, none in doubt", 0.004))
     ]
@@ -37,11 +40,20 @@ def lines() -> list[dict[str, Any]]:
         found.append(line("screen", "bare UNet, none in doubt", batch, 0.19, prompts=batch))
         found.append(line("screen", "quick depth, none in doubt", batch, seconds, prompts=batch, ceiling_share=0.4))
     found += [
-        line("peers", "sail, forward mode, 4 images", 1, 0.05),
+        line("peers", "sail, forward mode, 4 images", 1, 0.02),
+        line("peers", "sail, forward mode, 4 images, float32", 1, 0.05),
         line("peers", "wen, first step, 4 images", 1, 0.01),
         line("peers", "flipd, 50 Gaussian probes, forward mode, float32", 1, 3.0),
         line("peers", "guard, trajectory LID, 1 probe", 1, 0.02),
     ]
+    errors = {"error": 0.001, "error_1_probes": 0.01}
+    for arch, dtype, factor in (
+        ("reference", "bfloat16", 1.0),
+        ("sd15", "bfloat16", 9.0),
+        ("reference", "float32", 0.1),
+    ):
+        own = {name: factor * value for name, value in errors.items()}
+        found.append(line("trace", "finite-difference", 4, 0.1, **own) | {"arch": arch, "dtype": dtype})
     return found
 
 
@@ -52,19 +64,38 @@ def rows(found: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 def test_every_figure_of_a_whole_run() -> None:
     shown = rows(lines())
-    assert len(shown) == 2 * 3 * 3 + 4 + 1 + 1
-    assert shown["sdpa, batch 1: all probed once, over unguarded"] == ["1.0220", "at most 1.025", "yes"]
-    assert shown["compiled, batch 16: all probed once, over unguarded"] == ["1.0300", "at most 1.025", "no"]
-    assert shown["sdpa, batch 4: none in doubt, over unguarded"] == ["1.0010", "at most 1.003", "yes"]
+    assert len(shown) == 2 * 3 * 3 + 5 + 3 + 2
+    assert shown["sdpa, batch 1: all probed once, over unguarded"] == [
+        "1.0220 (1.0200 to 1.0400)",
+        "at most 1.025",
+        "yes",
+    ]
+    assert shown["compiled, batch 16: all probed once, over unguarded"] == [
+        "1.0300 (1.0200 to 1.0400)",
+        "at most 1.025",
+        "no",
+    ]
+    assert shown["sdpa, batch 4: none in doubt, over unguarded"] == [
+        "1.0010 (1.0010 to 1.0020)",
+        "at most 1.003",
+        "yes",
+    ]
     assert shown["sdpa, batch 4: the guard's own time without a UNet, share"] == ["0.0020", "at most 0.003", "yes"]
     assert shown["compiled, batch 4: the guard's own time without a UNet, share"] == ["0.0040", "at most 0.003", "no"]
     assert shown["quick depth, batch 64: of the bare UNet's speed"] == ["0.950", "at least 0.92", "yes"]
     assert shown["quick depth: of the matrix product's operations"] == ["0.400", "at least 0.5", "no"]
-    assert shown["quick depth: prompts a second, over SAIL"] == ["16.0", "at least 10", "yes"]
+    assert shown["quick depth: prompts a second, over SAIL as published, float32"] == ["16.0", "at least 10", "yes"]
+    assert shown["quick depth: prompts a second, over SAIL"] == ["6.4", "at least 10", "no"]
     assert shown["quick depth: prompts a second, over Wen et al., first step"] == ["3.2", "at least 4", "no"]
     assert shown["FLIPD by 50 probes, over one probe of the trajectory LID: time"] == ["150.0", "at least 50", "yes"]
     memory = shown["sdpa, batch 4: peak memory, all probed once over unguarded"]
     assert memory == ["1.025", "at most 1.05", "yes"]
+    alone = shown["sdpa, batch 4: peak memory without decoding, all probed once over unguarded"]
+    assert alone == ["1.100", "at most 1.05", "no"]
+    arithmetic = shown["one probe on the bundled model: error in dimensions of 256, arithmetic"]
+    assert arithmetic == ["0.256", "to be stated", ""]
+    probe = shown["one probe on the bundled model: error in dimensions of 256, one random probe's, arithmetic included"]
+    assert probe == ["2.560", "to be stated", ""]
 
 
 @pytest.mark.parametrize("missing", range(len(lines())))
@@ -80,7 +111,9 @@ def test_what_was_not_measured_has_no_figure_and_the_others_theirs(missing: int)
 
 
 def test_lines_of_a_profiled_run_do_not_count() -> None:
-    slow = line("overhead", "sdpa, guarded, all probed once", 4, 9.0, ratio=4.0, peak_mib=1.0) | {"host_waits": 7}
+    slow = line(
+        "overhead", "sdpa, guarded, all probed once", 4, 9.0, ratio=4.0, ratio_quartiles=[4.0, 4.0], peak_mib=1.0
+    ) | {"host_waits": 7}
     assert rows([*lines(), slow]) == rows(lines())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,17 @@ def test_cases_run_by_turns_and_a_failure_ends_its_own_case_only(tmp_path: Path)
     assert (b.runs, b.failed) == ([], "OutOfMemoryError: no memory")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert "traceEvents" in json.loads((tmp_path / "a.json").read_text())
+
+
+def test_every_other_turn_goes_backwards_and_none_begins_when_the_time_is_over() -> None:
+    pipe, order = build(GuardedStableDiffusionPipeline, components()), []
+    cases = [Case(name=name, pipe=pipe, run=partial(order.append, name)) for name in "abc"]
+    found = measure_by_turns(cases, CPU, warmup=0, repeats=3, flops=False)
+    assert "".join(order) == "abc" + "abc" + "cba" + "abc"
+    assert {(len(each.runs), each.count.lanes, each.count.flops) for each in found} == {(3, 0, None)}
+    slow = [Case(name=name, pipe=pipe, run=lambda: time.sleep(0.03)) for name in "ab"]
+    assert {len(each.runs) for each in measure_by_turns(slow, CPU, warmup=0, repeats=50, seconds=0.1)} == {2}
+    assert {len(each.runs) for each in measure_by_turns(slow, CPU, warmup=0, repeats=50, seconds=1e-9)} == {1}
 
 
 def test_the_clock_and_its_spread() -> None:

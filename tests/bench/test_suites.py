@@ -12,6 +12,7 @@ from tiny import build, components
 from sd_guard.bench import jacobians, mitigation, overhead, run
 from sd_guard.bench.base import Bench, Case
 from sd_guard.bench.peers import peers
+from sd_guard.bench.screen import screen
 from sd_guard.bench.settings import BenchSettings
 from sd_guard.guard import Guard
 from sd_guard.mitigation import MITIGATIONS
@@ -41,9 +42,14 @@ def test_overhead_of_nothing_flagged_is_the_probes_of_images_in_doubt(measure: M
     assert not lines
 
 
-def test_only_the_kernels_that_are_asked_for_are_measured(measure: Measure) -> None:
-    lines = measure("overhead", steps=STEPS, batches=(1,), kernels=("absent",))
-    assert {case.partition(",")[0] for case in lines} == {"absent"}
+def test_only_the_kernels_and_guards_that_are_asked_for_are_measured(measure: Measure) -> None:
+    lines = measure("overhead", steps=STEPS, batches=(1,), kernels=("absent",), guards=("once", "none"), flops=False)
+    assert [*lines] == ["absent, unguarded", "absent, guarded, all probed once", "absent, guarded, none in doubt"]
+    assert {line["flops"] for line in lines.values()} == {line["ceiling_share"] for line in lines.values()} == {None}
+    assert all(line["lanes"] for line in lines.values())
+    least, most = lines["absent, guarded, none in doubt"]["ratio_quartiles"]
+    assert least <= lines["absent, guarded, none in doubt"]["ratio"] <= most
+    assert lines["absent, unguarded"]["seconds_more"] == 0
 
 
 def test_a_kernel_that_is_not_installed_is_a_line_that_says_so(
@@ -83,6 +89,24 @@ def test_screen_is_held_to_the_same_calls_of_the_bare_unet(measure: Measure) -> 
         assert quick["extra_lanes"] == calls
         assert bare["prompts"] == quick["prompts"] == 3
         assert quick["flops"] == bare["flops"]  # the text encoder's are of another thread, and not counted
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_compiled_unet_is_one_graph_for_screening_and_bare(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled anew in the middle of a measurement costs a minute; and another graph is another UNet."""
+    pipe, graphs = build(GuardedStableDiffusionPipeline, components()), []
+
+    def keep(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("sd_guard.bench.screen.compile_anew", lambda unet: torch.compile(unet, backend=keep))
+    settings = BenchSettings(suite="screen", steps=STEPS, compile=True)
+    torch.compiler.reset()
+    for cases in screen(Bench(settings, torch.device("cpu"), "float32", batch, pipe)):
+        for case in cases:
+            case.run()
+    assert len(graphs) == 1
 
 
 def test_every_mitigation_is_a_case() -> None:
