@@ -9,10 +9,9 @@ from typing import Any
 
 from sd_guard.detection import Detector, PrematureDetail, Verdict
 from sd_guard.mitigation import EmbeddingNoise, Mitigation, SummaryReplacement, WordAblation
+from sd_guard.noise import EarlySteps
 from sd_guard.observation import Question
 from sd_guard.policy import Attempt, Outcome, Policy
-
-_EXACT = 1e-9  # that 0.06 of 50 steps may lack of 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,34 +135,34 @@ class Guard:
         """The same guard with other policy settings."""
         return replace(self, policy=replace(self.policy, **changes))
 
-    def steps(self, count: int, early: range | None = None) -> list[int]:
+    def steps(self, count: int, early: EarlySteps | None = None) -> list[int]:
         """Steps to observe, ascending, of a schedule of `count` timesteps.
 
         Args:
             count: of timesteps.
             early: of `sd_guard.noise.early_steps`; None for a schedule that is early throughout.
         """
-        early = early if early is not None else range(count)
+        early = early if early is not None else EarlySteps(0, count)
         begin = self._begin(count, early)
         places: set[int] = set()
         for share in self.observe_at:
             nearest = begin + step_at(share, count - begin)
-            before = begin + int(share * (count - begin) + _EXACT)
-            places.add(max(early.start, before if before < early.stop <= nearest else nearest))
+            past = begin + share * (count - begin) - (early.stop - 1)  # the last early step
+            places.add(max(early.start, early.stop - 1 if nearest >= early.stop and past < early.order else nearest))
         return sorted(places)
 
-    def later_steps(self, count: int, early: range | None = None) -> list[int]:
+    def later_steps(self, count: int, early: EarlySteps | None = None) -> list[int]:
         """Steps that look again, ascending, all after the deciding one; arguments as of `steps`."""
-        early = early if early is not None else range(count)
+        early = early if early is not None else EarlySteps(0, count)
         begin, deciding = self._begin(count, early), self.steps(count, early)[-1]
         places = {begin + step_at(share, count - begin) for share in self.look_again_at}
         return sorted(step for step in places if step > deciding)
 
-    def last_step(self, count: int, early: range | None = None) -> int:
+    def last_step(self, count: int, early: EarlySteps | None = None) -> int:
         """The last step that anything is looked at; arguments as of `steps`."""
         return [*self.steps(count, early), *self.later_steps(count, early)][-1]
 
-    def _begin(self, count: int, early: range) -> int:
+    def _begin(self, count: int, early: EarlySteps) -> int:
         """Where the schedule begins that shares are of."""
         return max(0, early.start - step_at(min(self.observe_at), count))
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ SUPPORTED_SCHEDULERS: Final = _BY_TIMESTEP | _CONSISTENCY | _BY_SIGMA
 # Diffusion's own schedule begins at 14.6. Chosen on `tune` rows of a reference checkpoint that begins at 131.
 CLEAR_SIGMA: Final = 20.0
 # Below which a step of a short schedule is no early one any more: once the latents hold the picture, the model sees it
-# without the prompt, too. Chosen on `tune` rows of nine reference checkpoints with 8 to 40 steps, where 6 did as well.
-EARLY_SIGMA: Final = 7.0
+# without the prompt, too. Chosen on `tune` rows of nine reference checkpoints with 8 to 40 steps; 7 did nearly as well.
+EARLY_SIGMA: Final = 8.0
 
 _warned: set[str] = set()
 
@@ -174,8 +174,22 @@ def first_clear_step(scheduler: Any, timesteps: Sequence[float]) -> int:
     return next((step for step, sigma in enumerate(sigmas) if sigma <= CLEAR_SIGMA), 0)
 
 
-def early_steps(scheduler: Any, timesteps: Sequence[float]) -> range:
-    """The steps from `first_clear_step` on that are made in much noise, at least one.
+class EarlySteps(NamedTuple):
+    """The steps of a schedule that show something and are made in much noise, at least one.
+
+    Attributes:
+        start: The first.
+        stop: The one after the last.
+        order: Evaluations that the scheduler makes for a step of its own: each of them is a timestep.
+    """
+
+    start: int
+    stop: int
+    order: int = 1
+
+
+def early_steps(scheduler: Any, timesteps: Sequence[float]) -> EarlySteps:
+    """The steps from `first_clear_step` on that are made in noise of at least `EARLY_SIGMA`.
 
     Args:
         scheduler: A supported scheduler, after ``set_timesteps``.
@@ -183,7 +197,8 @@ def early_steps(scheduler: Any, timesteps: Sequence[float]) -> range:
     """
     clear = first_clear_step(scheduler, timesteps)
     later = _sigmas_at(scheduler, timesteps[clear + 1 :])
-    return range(clear, clear + 1 + sum(1 for _ in takewhile(lambda sigma: sigma >= EARLY_SIGMA, later)))
+    early = sum(1 for _ in takewhile(lambda sigma: sigma >= EARLY_SIGMA, later))
+    return EarlySteps(clear, clear + 1 + early, getattr(scheduler, "order", 1))
 
 
 def _sigmas_at(scheduler: Any, timesteps: Sequence[float]) -> Iterator[float]:

@@ -247,10 +247,11 @@ def test_early_steps_are_those_in_much_noise(name: str, kind: str) -> None:
         scheduler.set_timesteps(count)
         timesteps = scheduler.timesteps.tolist()
         early = early_steps(scheduler, timesteps)
-        assert len(early) >= 1 and early.start == first_clear_step(scheduler, timesteps)
+        assert early.stop > early.start and early.start == first_clear_step(scheduler, timesteps)
         levels = [NoiseLevel.from_alpha_bar(float(scheduler.alphas_cumprod[int(t)])).sigma for t in timesteps]
         assert all(sigma >= EARLY_SIGMA for sigma in levels[early.start + 1 : early.stop])
         assert early.stop == len(levels) or levels[early.stop] < EARLY_SIGMA
+        assert early.order == (2 if name.startswith(("Heun", "KDPM2", "DPMSolverSDE")) else 1)
 
 
 @pytest.mark.parametrize("name", sorted(SUPPORTED_SCHEDULERS - {"DPMSolverSDEScheduler"}))

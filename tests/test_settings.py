@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sd_guard.detection import PrematureDetail
 from sd_guard.guard import Guard
 from sd_guard.mitigation import MITIGATIONS, DelayedGuidance, EmbeddingNoise, WordAblation
+from sd_guard.noise import EarlySteps
 from sd_guard.policy import Policy
 from sd_guard.settings import guard_from_json, guard_to_json
 
@@ -133,7 +134,7 @@ def test_no_step_is_before_the_first_clear_one(
     """All are on the schedule; with all of it clear they are as ever."""
     clear = data.draw(st.integers(0, count - 1))
     guard = Guard(observe_at=tuple(observed), look_again_at=tuple(later))
-    early = range(clear, count)
+    early = EarlySteps(clear, count)
     steps, again = guard.steps(count, early), guard.later_steps(count, early)
     assert clear <= steps[0] and guard.last_step(count, early) < count
     assert [*steps, *again] == sorted({*steps, *again})
@@ -148,22 +149,23 @@ def test_a_share_means_no_later_step_than_it_says_once_the_noise_is_low(
     observed: list[float], count: int, data: st.DataObject
 ) -> None:
     stop = data.draw(st.integers(1, count))
-    guard, early = Guard(observe_at=tuple(observed), look_again_at=()), range(stop)
+    guard, early = Guard(observe_at=tuple(observed), look_again_at=()), EarlySteps(0, stop)
     anywhere, steps = guard.steps(count), guard.steps(count, early)
     assert [step for step in anywhere if step < stop] == [step for step in anywhere if step in steps and step < stop]
     assert all(step - 1 >= stop or step < stop or step <= max(observed) * count + 1e-6 for step in steps)
-    assert guard.steps(count, range(count)) == anywhere
+    assert guard.steps(count, EarlySteps(0, count)) == anywhere
 
 
 def test_a_short_schedule_is_judged_by_its_first_step() -> None:
     """One step of ten goes as far as five of fifty, after which the model sees the picture without the prompt, too."""
     guard = Guard()
-    assert [guard.steps(count, range(1)) for count in (1, 4, 9, 10, 16)] == [[0]] * 5
+    assert [guard.steps(count, EarlySteps(0, 1)) for count in (1, 4, 9, 10, 16)] == [[0]] * 5
     assert guard.steps(10) == [0, 1]  # with noise enough
-    assert guard.steps(50, range(5)) == guard.steps(50) == [1, 2, 3]
-    assert guard.steps(50, range(1)) == [1, 2, 3]  # which no rounding has made late
-    assert guard.steps(50, range(11, 13)) == [11, 12]
-    assert Guard(observe_at=(0.5,)).steps(10, range(1)) == [5]  # as it was asked for
+    assert guard.steps(50, EarlySteps(0, 5)) == guard.steps(50) == [1, 2, 3]
+    assert guard.steps(50, EarlySteps(0, 1)) == [1, 2, 3]  # which no rounding has made late
+    assert guard.steps(50, EarlySteps(11, 13)) == [11, 12]
+    assert Guard(observe_at=(0.5,)).steps(10, EarlySteps(0, 1)) == [5]  # as it was asked for
+    assert guard.steps(19, EarlySteps(0, 1, 2)) == [0]  # two evaluations a step, as Heun's
 
 
 @given(shares, st.integers(1, 1000))

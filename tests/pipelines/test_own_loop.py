@@ -15,6 +15,7 @@ from tiny import SCHEDULERS, CountLanes, Forget, seeded, watching
 from sd_guard.guard import Guard
 from sd_guard.mitigation import Change, DelayedGuidance, Later, Subject
 from sd_guard.mitigation.guidance import Constant, Transition
+from sd_guard.noise import early_steps
 from sd_guard.observation import Observation
 
 ROW, OTHERS = 1, [0, 2]  # the image that is flagged, and its neighbours
@@ -64,9 +65,14 @@ def flagged_alone(pipe: Any, **arguments: Any) -> torch.Tensor:
     return latents_of(pipe, **arguments)[0].images[0]
 
 
+def looked_at(pipe: Any) -> list[int]:
+    timesteps = pipe.scheduler.timesteps.tolist()
+    return pipe.guard.steps(len(timesteps), early_steps(pipe.scheduler, timesteps))
+
+
 def start_of(pipe: Any, asked: int) -> int:
     """The step that is resumed from: observed ones are, and the first."""
-    steps = pipe.guard.steps(len(pipe.scheduler.timesteps))
+    steps = looked_at(pipe)
     return max(step for step in (0, *steps) if step <= asked)
 
 
@@ -111,7 +117,7 @@ def test_a_snapshot_is_resumed_where_it_was_taken(guarded: Any, plain: Any, name
     with CountLanes(pipe.unet) as count:
         output, own_state = latents_of(pipe)
     record, steps = output.records[ROW], len(pipe.scheduler.timesteps)
-    start, last = start_of(pipe, asked), pipe.guard.steps(steps)[-1]
+    start, last = start_of(pipe, asked), looked_at(pipe)[-1]
     assert [attempt.resumed_from_step for attempt in record.attempts] == [start]
     assert (record.outcome, record.extra_lanes) == ("rescued", 2 * (last + 1 - start))
     assert count.rows == 2 * steps * len(PROMPTS) + record.extra_lanes
