@@ -47,6 +47,7 @@ def test_a_damaged_manifest_is_one_line(
         (["a", "other"], 1, "a and other share no prompt with the same seed"),
         (["a", "a"], 1, "a: is the same run twice"),
         (["a", "none"], 1, "none: has no run.json"),
+        (["a", "a/run.json"], 1, "a/run.json/run.json: cannot be read (Not a directory)"),
         (["a"], 2, "Missing argument 'run_b'"),
         (["a", "b", "--out", "x.txt"], 2, "x.txt: is no .html"),
         (["a", "b", "--out", "none/x.html"], 2, "none: no such folder"),
@@ -62,6 +63,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 def test_report_names_a_calibration_that_is_not_there(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "a/run.json"]) == 1
+    assert "a/run.json/run.json: cannot be read (Not a directory)" in the_error(capsys)
     assert main(["report", "a", "--calibration", "none.json"]) == 1
     assert "none.json" in (err := capsys.readouterr().err) and err.count("\n") == 1
     assert main(["report", "a"]) == 0

@@ -54,7 +54,7 @@ def write_report(run: Path | str | Store, *, calibration: Path | None = None) ->
         ValueError: If the folder holds no run, a file of it is damaged, or the calibration is not the run's.
     """
     store = Store.at(run)
-    rows, manifest = open_rows(store), read_manifest(store)
+    manifest, rows = read_manifest(store), open_rows(store)
     benign = () if calibration is None else _benign_scores(calibration, manifest)
     html = render(store, rows, manifest, benign_scores=benign)
     store.write(REPORT_FILE, html.encode())

@@ -147,6 +147,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
+        if not str(self.out).strip():
+            raise ValueError("--out is empty; name a folder")
         _one_of("--depth", self.depth, get_args(Depth))
         _at_least("--seeds", self.seeds, 1)
         _at_least("--batch-size", self.batch_size, 1)
@@ -326,7 +328,8 @@ def read_manifest(run: Path | str | Store) -> dict[str, Any]:
             f"{store.address}: has no {RUN_FILE}, so it is no run of `sd-guard screen`; name another folder"
         ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be read ({reason})") from None
     fields = cast("dict[str, Any]", manifest) if isinstance(manifest, dict) else {}
     if "finished" not in fields or not all(isinstance(fields.get(name), kind) for name, kind in _FIELDS.items()):
         raise ValueError(f"{path}: is not the {RUN_FILE} of a run; name another folder")
