@@ -87,7 +87,7 @@ def test_bad_arguments_are_one_line_and_exit_2(
 
 def test_report_of_no_run_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "used"]) == 1
-    assert "used: holds no records" in capsys.readouterr().err
+    assert "used: has no run.json, so it is no run of `sd-guard screen`" in the_error(capsys)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_the_folder_free(
