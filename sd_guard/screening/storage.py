@@ -140,6 +140,8 @@ class Store:
         try:
             self.local.mkdir(parents=True, exist_ok=True)
             return Lock.of(self.local.resolve() / _LOCK_FILE)
+        except ImportError:  # Windows has no such locks
+            return None
         except OSError as error:
             if error.errno in _TAKEN:
                 raise ValueError(
