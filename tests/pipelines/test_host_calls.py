@@ -9,12 +9,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from faraway import faraway
 from pipelines.calls import PROMPTS, STEPS, latents_of
 from tiny import EVERYBODY, TOKENS, WIDTH, Identity, build, seeded, watching
 
 from sd_guard.detection import PrematureDetail
 from sd_guard.fingerprint import take_fingerprint
 from sd_guard.guard import Guard
+from sd_guard.mitigation import EmbeddingNoise, NewSeed
 from sd_guard.pipelines.stable_diffusion import GuardedStableDiffusionPipeline
 
 DOUBTFUL = watching(doubt=EVERYBODY, other_seeds=1)
@@ -103,6 +105,27 @@ def test_under_autocast(own_parts: dict[str, Any], guard: Guard) -> None:
             other = take_fingerprint(pipe, steps=STEPS, guidance_scale=7.5)
         assert take_fingerprint(copy.deepcopy(pipe), steps=STEPS, guidance_scale=7.5) == other
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [watching(doubt=EVERYBODY, other_seeds=2), watching(-math.inf, (EmbeddingNoise(), NewSeed()))],
+    ids=["in doubt", "flagged"],
+)
+def test_with_the_device_as_the_default_of_torch(own_parts: dict[str, Any], guard: Guard) -> None:
+    """Numbers that are drawn on the host are drawn there, wherever else tensors are made."""
+    there = faraway()
+    parts = {name: part.to(there) if isinstance(part, torch.nn.Module) else part for name, part in own_parts.items()}
+    pipe = build(GuardedStableDiffusionPipeline, parts)
+    pipe.enable_guard(guard, on_failure="keep")
+    first, _ = latents_of(pipe)
+    try:
+        torch.set_default_device(there)
+        second, _ = latents_of(pipe)
+    finally:
+        torch.set_default_device(None)
+    assert [record.score for record in second.records] == [record.score for record in first.records]
+    assert torch.equal(second.images.cpu(), first.images.cpu())
 
 
 def test_a_pipeline_is_copied_while_texts_are_on_their_way(guarded: Any) -> None:
