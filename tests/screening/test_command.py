@@ -118,7 +118,7 @@ def test_pages_are_made_of_addresses_and_written_there(folder: Path, capsys: pyt
     assert main(["compare", a, f"{a}/"]) == 1
     assert "is the same run twice" in capsys.readouterr().err
     assert main(["report", f"memory://{folder.name}/none"]) == 1
-    assert "holds no records" in capsys.readouterr().err
+    assert "has no run.json" in capsys.readouterr().err
 
 
 def test_duplicates_are_screened_once_and_say_which_row_stands_for_them(folder: Path) -> None:
