@@ -142,19 +142,18 @@ def _conclude(plan: Plan, summary: Summary) -> None:
     from sd_guard.screening.summary import drift_warning, scores_of
 
     calibration = plan.settings.model.calibration
-    page = write_report(plan.store.address, calibration=calibration)  # before the table, which may have no reader
-    typer.echo(summary.table())
+    try:
+        page = write_report(plan.store.address, calibration=calibration)  # before the table, which may have no reader
+    finally:
+        typer.echo(summary.table())
     if plan.store.exists(SKIPPED_FILE):
         skipped = len(plan.store.read(SKIPPED_FILE).splitlines())
         where = f"{plan.store.address}/{SKIPPED_FILE}"
         typer.echo(f"warning: rows of the list that were left out: {skipped}; see {where}", err=True)
     scored = summary.total.screened - summary.total.unscored
-    if (
-        calibration is not None
-        and scored
-        and (warning := drift_warning(scores_of(plan.store), calibration)) is not None
-    ):
-        typer.echo(f"warning: {warning}", err=True)
+    drift = drift_warning(scores_of(plan.store), calibration) if calibration is not None and scored else None
+    if drift is not None:
+        typer.echo(f"warning: {drift}", err=True)
     typer.echo(f"report: {page}")
     if summary.reasons:
         causes = ", ".join(f"{reason} x {times}" for reason, times in summary.reasons.most_common(3))
