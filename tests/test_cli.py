@@ -40,6 +40,10 @@ BAD = [
     (["screen", "ok.csv", "--out", "ok.csv", "--model", "model"], "is a file"),
     (["screen", "ok.csv", "--out", "new", "--model", "./none"], "neither a checkpoint folder nor a hub name"),
     (["screen", "ok.csv", "--out", "new", "--model", "bare"], "has no model_index.json"),
+    (
+        ["screen", "ok.csv", "--out", "ok.csv/run", "--model", "model"],
+        "ok.csv/run: cannot be written (Not a directory)",
+    ),
     (["screen", "ok.csv", "--out", "", "--model", "model"], "--out is empty; name a folder"),
     ([*SCREEN, "--steps", "0"], "--steps is 0"),
     ([*SCREEN, "--steps", "many"], "Invalid value for '--steps'"),

@@ -75,7 +75,7 @@ class Store:
         self.files.invalidate_cache(path)
         try:
             found = cast("list[str]", self.files.ls(path, detail=False))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         names = (each.rstrip("/").rpartition("/")[2] for each in found)
         return sorted(name for name in names if name != _LOCK_FILE and not _HALF_WRITTEN.fullmatch(name))
